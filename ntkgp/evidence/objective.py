@@ -1,0 +1,446 @@
+"""Evidence objectives: value, exact gradient and MacKay step at one (log precision, log noise).
+
+All objectives share one form. With x = (log lambda_g, log sigma^2_c) there are non-negative vectors a, b with
+
+    gradient = (a - b) / 2,    MacKay step  x <- x + log(a / b),
+
+so that the fixed points of the step are exactly the stationary points of the evidence:
+
+* theta_star, precision: a = gamma_g, b = lambda_g |theta_star_g|^2, i.e. lambda_g <- gamma_g / |theta_star_g|^2;
+* theta_star, noise: a = sigma^2_c sum alpha_i^2, b = sigma^2_c sum (A^-1)_ii over the rows i of the component. It follows
+  from d log N(t; 0, A) / d sigma^2_c = (sum alpha_i^2 - sum (A^-1)_ii) / 2, and for one variance it is
+  sigma^2 <- SSE / (N C - gamma), because SSE = sigma^4 alpha^T alpha and N C - gamma = sigma^2 tr A^-1;
+* theta_map: b = lambda_g |theta_g|^2 and, for the noise, a = sigma^2_c sum r_i^2 / d_i^2 with r = y - f.
+
+Everything inside is computed in scale-free variables: targets divided by their root mean square, K_g weighted by
+1 / (lambda_g s). Sources: MacKay 1992; Antoran et al. 2022; METHODS 1.3, 1.5, 2.3.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from .curvature import (
+    apply_factor,
+    apply_factor_transpose,
+    curvature_factor,
+    log_likelihood,
+    project,
+    whitened_residual,
+)
+from .newton import DualMode, dual_mode
+from .problem import GaussianEvidence, NoiseModel, Problem, SoftmaxEvidence
+from .system import LinearSystem, Solution, linear_system
+
+_MAX_LOG_STEP = 12.0
+_NOISE_BOUNDS = (1e-10, 1e4)
+_START_NOISE = (1e-4, 1.0)
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    r"""One evaluation of an evidence.
+
+    :param value: the evidence in nats, all constants included.
+    :param pull: the vector a of the module's text, shape (G+S,).
+    :param push: the vector b, shape (G+S,).
+    :param effective_dimension: :math:`\gamma_g = \mathrm{tr}(A^{-1} K_g)/\lambda_g`, shape (G,).
+    :param squared_norms: :math:`\|\theta_g\|^2` of theta_star or of the trained weights, shape (G,).
+    :param sse: squared error of the targets at that theta (NaN for classification).
+    :param jitter: what was added to the diagonal of A.
+    :param gap: unmet optimality of theta_star in a classification (0 where theta_star is a linear solve).
+    """
+
+    value: float
+    pull: Tensor
+    push: Tensor
+    effective_dimension: Tensor
+    squared_norms: Tensor
+    sse: float
+    jitter: float
+    gap: float = 0.0
+
+    @property
+    def gradient(self) -> Tensor:
+        """Gradient in (log lambda_g, log sigma^2_c), shape (G+S,)."""
+        return 0.5 * (self.pull - self.push)
+
+    @property
+    def step(self) -> Tensor:
+        """MacKay step log(a / b), zero where a = b = 0 and limited to +-12, shape (G+S,)."""
+        both_zero = (self.pull <= 0) & (self.push <= 0)
+        step = self.pull.log() - self.push.log()
+        return torch.where(both_zero, torch.zeros_like(step), step).clamp(-_MAX_LOG_STEP, _MAX_LOG_STEP)
+
+
+class EvidenceObjective:
+    r"""Common part: the variables, their start and their bounds, in terms of the scale-free ratios.
+
+    :math:`\rho_g = (\mathrm{tr} K_g / n) / (\lambda_g s)` is the prior variance of group g relative to the mean square s of the
+    targets (s = 1 for logits). Start: :math:`\rho_g = 1/G` and the training mean squared error of the network as noise
+    (0.1 s when it is unknown), clipped to [1e-4 s, s]. These rules make a whole run equivariant under J_g -> J_g / k and y -> c y.
+    """
+
+    def __init__(self, problem: Problem, scale: float, noise: NoiseModel, bounds: tuple[float, float]) -> None:
+        """Set the scale, the reference diagonal of each group and the bounds."""
+        low, high = bounds
+        if not 0 < low < high < math.inf:
+            raise ValueError(f"bounds must be (low, high) with 0 < low < high < inf, got {bounds}")
+        self.problem, self.scale, self.noise, self.bounds = problem, scale, noise, bounds
+        means = problem.grams.diagonal(dim1=-2, dim2=-1).mean(-1)
+        positive = means[means > 0]
+        # A group without any influence on the data has no scale of its own; it borrows that of the others.
+        fallback = positive.mean() if positive.numel() else torch.ones_like(means[0])
+        self.reference = torch.where(means > 0, means, fallback)  # shape: (G,)
+        self.system: LinearSystem
+
+    @property
+    def num_groups(self) -> int:
+        """Number G of precisions."""
+        return self.problem.num_groups
+
+    @property
+    def num_noise(self) -> int:
+        """Number S of learned noise variances."""
+        return self.noise.num_learned
+
+    @property
+    def size(self) -> int:
+        """Number of rows that tolerances refer to."""
+        return self.problem.rows
+
+    def _precision_at(self, ratio: float) -> Tensor:
+        """Return log lambda_g at which every rho_g equals `ratio`, shape (G,)."""
+        return (self.reference / self.scale).log() - math.log(ratio)
+
+    def _noise_bounds(self) -> tuple[float, float]:
+        """Bounds of the learned variances."""
+        low = max(_NOISE_BOUNDS[0] * self.scale, self.noise.minimum)
+        return low, max(_NOISE_BOUNDS[1] * self.scale, 10.0 * low)
+
+    def limits(self) -> tuple[Tensor, Tensor]:
+        """Lower and upper bounds of x, each of shape (G+S,)."""
+        low, high = (self.reference.new_full((self.num_noise,), math.log(b)) for b in self._noise_bounds())
+        smallest, largest = self._precision_at(self.bounds[1]), self._precision_at(self.bounds[0])
+        return torch.cat([smallest, low]), torch.cat([largest, high])
+
+    def start(self) -> Tensor:
+        """Documented starting point of x, shape (G+S,)."""
+        noise = self._start_noise().clamp(_START_NOISE[0] * self.scale, _START_NOISE[1] * self.scale)
+        start = torch.cat([self._precision_at(1.0 / self.num_groups), noise.log()])
+        return start.clamp(*self.limits())
+
+    def _start_noise(self) -> Tensor:
+        """Training error of the network per noise component, or a fraction of the targets' mean square."""
+        problem = self.problem
+        if isinstance(problem, GaussianEvidence) and problem.tangent_theta is not None and self.num_noise:
+            counts = self.noise.sum_per_component(torch.ones_like(problem.targets))
+            return self.noise.sum_per_component(problem.residual.square()) / counts
+        return self.reference.new_full((self.num_noise,), 0.1 * self.scale)
+
+    def split(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Return precisions (G,) and learned noise variances (S,) at x."""
+        return x[: self.num_groups].exp(), x[self.num_groups :].exp()
+
+    def solution(self, x: Tensor) -> Solution:
+        """Solve the scale-free linear system at x."""
+        precision, noise = self.split(x)
+        return self.system.solve(1.0 / (precision * self.scale), noise / self.scale)
+
+    def constant(self, solution: Solution) -> float:
+        """Log-determinant part of the evidence, in the units of the targets."""
+        return -0.5 * solution.logdet - 0.5 * self.problem.rows * math.log(2.0 * math.pi * self.scale)
+
+    def mode(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Return alpha (n,), theta_star = Lambda^-1 J^T alpha, and B^(1/2) J (theta_star - theta_map) (rows,)."""
+        raise NotImplementedError
+
+    def likelihood_at_map(self, x: Tensor) -> tuple[float, Tensor, float]:
+        """Return the log-likelihood without its noise normalisation, the noise pull (S,) and the SSE at the trained weights."""
+        raise NotImplementedError
+
+    def __call__(self, x: Tensor) -> Evaluation:
+        """Evaluate the evidence at x = (log lambda, log sigma^2), shape (G+S,)."""
+        raise NotImplementedError
+
+    def evaluate(self, precision: Tensor, noise: Tensor | None = None) -> Evaluation:
+        """Evaluate at precisions (G,) and learned variances (S,) (default: the current ones of the noise model)."""
+        current = self.noise.values if noise is None else noise
+        x = torch.cat([precision.reshape(-1), current.reshape(-1)]).to(self.reference).log()
+        if x.numel() != self.num_groups + self.num_noise or not bool(torch.isfinite(x).all()):
+            raise ValueError(
+                f"precision and noise must be positive with {self.num_groups} and {self.num_noise} entries, "
+                f"got {precision.tolist()} and {current.tolist()}"
+            )
+        return self(x)
+
+    def squared_shift(self, x: Tensor) -> tuple[float, Tensor]:
+        r"""Squared distance :math:`\|\theta_\star - \tilde\theta\|^2_{H+\Lambda}` in its two parts: H, and Lambda per group (G,).
+
+        Needs `tangent_theta` and `theta_norms`. Half of the sum is M(theta_star) - M(theta_map) for a quadratic loss (law B17).
+        """
+        problem = self.problem
+        if problem.tangent_theta is None or problem.theta_norms is None:
+            raise ValueError("tangent_theta and theta_norms are needed for the shift, got None")
+        precision, _ = self.split(x)
+        alpha, misfit = self.mode(x)
+        star = torch.stack([alpha @ (gram @ alpha) for gram in problem.grams]) / precision
+        cross = problem.tangent_theta @ alpha
+        prior = (star - 2.0 * cross + precision * problem.theta_norms).clamp_min(0.0)
+        return float(misfit.square().sum()), prior
+
+
+class GaussianObjective(EvidenceObjective):
+    r"""Evidence of a Gaussian problem at theta_star: log N(t; 0, K_Lambda + D) (METHODS 1.4, laws B4, B16).
+
+    Cost: for one group with one noise variance, or known noise, one eigendecomposition and then O(n) per evaluation;
+    otherwise n^3 + O(G n^2) per evaluation, memory 3 n^2 besides the Grams.
+
+    >>> import torch
+    >>> noise = NoiseModel.homoscedastic(2, 1.0)
+    >>> objective = GaussianObjective(GaussianEvidence(torch.eye(2)[None], torch.ones(2), noise))
+    >>> round(objective.evaluate(torch.ones(1)).value, 6)  # two independent N(1; 0, 2)
+    -3.031024
+    """
+
+    problem: GaussianEvidence
+
+    def __init__(self, problem: GaussianEvidence, bounds: tuple[float, float] = (1e-10, 1e10)) -> None:
+        """Scale the targets and prepare the linear system."""
+        scale = float(problem.targets.square().mean()) or 1.0
+        super().__init__(problem, scale, problem.noise, bounds)
+        noise = replace(problem.noise, fixed=problem.noise.fixed / scale)
+        self.system = linear_system(problem.grams, problem.targets / math.sqrt(scale), noise)
+
+    def __call__(self, x: Tensor) -> Evaluation:
+        """Evaluate the evidence at x."""
+        precision, noise = self.split(x)
+        found = self.solution(x)
+        variance = noise / self.scale
+        return Evaluation(
+            value=self.constant(found) - 0.5 * found.fit,
+            pull=torch.cat([found.dimension, variance * found.alpha_squares]),
+            push=torch.cat([found.quadratic, variance * found.inverse_diagonal]),
+            effective_dimension=found.dimension,
+            squared_norms=found.quadratic / precision,
+            sse=found.sse * self.scale,
+            jitter=found.jitter * self.scale,
+        )
+
+    def mode(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Return alpha and the whitened J (theta_star - theta_map); see the base class."""
+        _, noise = self.split(x)
+        alpha = self.solution(x).make_alpha() / math.sqrt(self.scale)
+        variance = self.noise.diagonal(noise)
+        return alpha, self.problem.residual / variance.sqrt() - variance.sqrt() * alpha
+
+    def likelihood_at_map(self, x: Tensor) -> tuple[float, Tensor, float]:
+        """Return the data fit at the trained weights; see the base class."""
+        _, noise = self.split(x)
+        residual = self.problem.residual
+        weighted = residual / self.noise.diagonal(noise)
+        pull = noise * self.noise.sum_per_component(weighted.square())
+        return -0.5 * float(residual @ weighted), pull, float(residual.square().sum())
+
+
+class SoftmaxObjective(EvidenceObjective):
+    r"""Evidence of a classification at theta_star with the curvature H frozen at given logits (METHODS 2.3).
+
+    .. math:: M = \sum_n \log p(y_n | h_n) - \tfrac12 \|\theta_\star\|^2_\Lambda - \tfrac12 \log\det(I + S^\top K_\Lambda S)
+
+    The gradient is exact: theta_star is profiled out (envelope theorem) and S does not depend on x.
+    Cost: per evaluation a few damped Newton steps, (N (C-1))^3/3 each, and one Cholesky factorisation with inverse of size
+    N (C-1); memory: G projected Grams of that size, once per curvature.
+
+    :param problem: the classification.
+    :param bounds: smallest and largest ratio rho_g.
+    :param curvature_at: logits (N, C) at which H is evaluated (default: those of the network).
+
+    >>> import torch
+    >>> zeros = torch.zeros(2, 2)
+    >>> problem = SoftmaxEvidence(torch.eye(4)[None], zeros, zeros, torch.tensor([0, 1]))
+    >>> round(SoftmaxObjective(problem).evaluate(torch.ones(1)).value, 6)
+    -1.456379
+    """
+
+    problem: SoftmaxEvidence
+
+    def __init__(
+        self, problem: SoftmaxEvidence, bounds: tuple[float, float] = (1e-10, 1e10), curvature_at: Tensor | None = None
+    ) -> None:
+        """Project the Grams on the factor of the curvature."""
+        super().__init__(problem, 1.0, _no_noise(problem), bounds)
+        self.factor = curvature_factor(problem.logits if curvature_at is None else curvature_at)
+        projected = torch.stack([project(gram, self.factor) for gram in problem.grams])
+        self.system = linear_system(projected, self._whitened_targets(), _unit_noise(projected))
+        self._alpha: Tensor | None = None
+
+    @property
+    def size(self) -> int:
+        """Rank of the curvature."""
+        return self.problem.max_dimension
+
+    def _whitened_targets(self) -> Tensor | None:
+        """Targets of the linear system: none, because theta_star is not a linear solve."""
+        return None
+
+    def constant(self, solution: Solution) -> float:
+        """Log-determinant part of the evidence."""
+        return -0.5 * solution.logdet
+
+    def dual_mode(self, x: Tensor) -> DualMode:
+        """Solve for theta_star at x, warm-started from the previous evaluation."""
+        precision, _ = self.split(x)
+        rows = self.problem.rows
+        gram = (precision.reciprocal() @ self.problem.grams.reshape(self.num_groups, -1)).reshape(rows, rows)
+        found = dual_mode(gram, self.problem.offset, self.problem.labels, self._alpha)
+        self._alpha = found.alpha
+        return found
+
+    def __call__(self, x: Tensor) -> Evaluation:
+        """Evaluate the evidence at x."""
+        precision, _ = self.split(x)
+        curvature, star = self.solution(x), self.dual_mode(x)
+        quadratic = torch.stack([star.alpha @ (gram @ star.alpha) for gram in self.problem.grams]) / precision
+        return Evaluation(
+            value=star.log_likelihood - 0.5 * float(quadratic.sum()) + self.constant(curvature),
+            pull=curvature.dimension,
+            push=quadratic.clamp_min(0.0),
+            effective_dimension=curvature.dimension,
+            squared_norms=(quadratic / precision).clamp_min(0.0),
+            sse=math.nan,
+            jitter=curvature.jitter,
+            gap=star.gap,
+        )
+
+    def mode(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Return alpha and S^T J (theta_star - theta_map); see the base class."""
+        star = self.dual_mode(x)
+        return star.alpha, apply_factor_transpose(self.factor, (star.logits - self.problem.logits).reshape(-1))
+
+    def likelihood_at_map(self, x: Tensor) -> tuple[float, Tensor, float]:
+        """Return the data fit at the trained weights; see the base class."""
+        return float(log_likelihood(self.problem.logits, self.problem.labels)), x[self.num_groups :], math.nan
+
+
+class QuadraticObjective(SoftmaxObjective):
+    r"""Classification with the log-likelihood replaced by its second-order expansion at the trained weights.
+
+    A Gaussian problem with unit noise in the N (C-1) whitened rows, :math:`\hat z = S^\top J\tilde\theta + q`, S q = onehot - p:
+
+    .. math:: M = \log p(y|f) + \tfrac12 \|q\|^2 + \tfrac{N(C-1)}{2} \log 2\pi
+        + \log N(\hat z; 0, S^\top K_\Lambda S + I)
+
+    The constant is the one that makes M the evidence of the expansion itself, so that values are comparable with the other
+    variants (completing the square of log p(y|f) + r^T d - d^T B d / 2, d = J (theta - theta_map)).
+    Cost: as a Gaussian problem of size N (C-1).
+    """
+
+    def _whitened_targets(self) -> Tensor:
+        """Targets of the whitened Gaussian problem."""
+        problem = self.problem
+        self._increments = whitened_residual(problem.logits, problem.labels).reshape(-1)
+        tangent = (problem.logits - problem.offset).reshape(-1)
+        return apply_factor_transpose(self.factor, tangent) + self._increments
+
+    def __call__(self, x: Tensor) -> Evaluation:
+        """Evaluate the evidence at x."""
+        precision, _ = self.split(x)
+        found = self.solution(x)
+        likelihood, _, _ = self.likelihood_at_map(x)
+        surrogate = likelihood + 0.5 * float(self._increments.square().sum())
+        return Evaluation(
+            value=surrogate + self.constant(found) - 0.5 * found.fit,
+            pull=found.dimension,
+            push=found.quadratic,
+            effective_dimension=found.dimension,
+            squared_norms=found.quadratic / precision,
+            sse=math.nan,
+            jitter=found.jitter,
+        )
+
+    def mode(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Return alpha and S^T J (theta_star - theta_map); see the base class."""
+        reduced = self.solution(x).make_alpha()
+        # S^T J theta_star = z - alpha because the noise is one; z = S^T J theta_map + q.
+        return apply_factor(self.factor, reduced), self._increments - reduced
+
+
+class MapObjective(EvidenceObjective):
+    r"""The classical Laplace evidence at the trained weights (MacKay 1992), for comparison.
+
+    .. math:: M_{\tilde\theta} = \log p(y | f) - \tfrac12 \|\tilde\theta\|^2_\Lambda - \tfrac12 \log\det(I + \Lambda^{-1} H)
+
+    Not the marginal likelihood of any GP; its precisions are too small where the trained weights are no stationary point (T1).
+
+    :param star: the objective at theta_star of the same problem, whose linear system is used; it must carry `theta_norms`
+        (and `tangent_theta`).
+    """
+
+    def __init__(self, star: EvidenceObjective) -> None:
+        """Share the linear system of `star`."""
+        super().__init__(star.problem, star.scale, star.noise, star.bounds)
+        if star.problem.theta_norms is None:
+            raise ValueError("theta_norms is needed by the evidence at the trained weights, got None")
+        self.star, self.system, self.theta_norms = star, star.system, star.problem.theta_norms
+
+    @property
+    def size(self) -> int:
+        """Number of rows that tolerances refer to."""
+        return self.star.size
+
+    def __call__(self, x: Tensor) -> Evaluation:
+        """Evaluate the evidence at x."""
+        precision, noise = self.split(x)
+        found = self.solution(x)
+        likelihood, pull, sse = self.star.likelihood_at_map(x)
+        prior = precision * self.theta_norms
+        return Evaluation(
+            value=likelihood - 0.5 * float(prior.sum()) + self.star.constant(found),
+            pull=torch.cat([found.dimension, pull]),
+            push=torch.cat([prior, noise / self.scale * found.inverse_diagonal]),
+            effective_dimension=found.dimension,
+            squared_norms=self.theta_norms,
+            sse=sse,
+            jitter=found.jitter * self.scale,
+        )
+
+
+def evidence_objective(
+    problem: Problem, at: str = "theta_star", bounds: tuple[float, float] = (1e-10, 1e10)
+) -> EvidenceObjective:
+    """Build the objective of a problem.
+
+    :param problem: a :class:`GaussianEvidence` or a :class:`SoftmaxEvidence` (its `variant` selects the curvature; "full"
+        gives the inner problem, curvature frozen at the network, see :func:`~ntkgp.evidence.fit_problem`).
+    :param at: "theta_star" (default) or "theta_map" (the classical evidence at the trained weights).
+    :param bounds: smallest and largest prior variance of a group relative to the mean square of the targets.
+    :raises ValueError: for an unknown `at`, bad bounds, or fields that the objective needs and the problem lacks.
+
+    >>> import torch
+    >>> problem = GaussianEvidence(torch.eye(2)[None], torch.ones(2), NoiseModel.homoscedastic(2, 1.0))
+    >>> type(evidence_objective(problem)).__name__
+    'GaussianObjective'
+    """
+    if at not in ("theta_star", "theta_map"):
+        raise ValueError(f"at must be 'theta_star' or 'theta_map', got {at!r}")
+    star: EvidenceObjective
+    if isinstance(problem, GaussianEvidence):
+        star = GaussianObjective(problem, bounds)
+    else:
+        star = (QuadraticObjective if problem.variant == "quadratic" else SoftmaxObjective)(problem, bounds)
+    return star if at == "theta_star" else MapObjective(star)
+
+
+def _no_noise(problem: SoftmaxEvidence) -> NoiseModel:
+    """Noise model of a classification: nothing to learn."""
+    return NoiseModel.known(torch.ones_like(problem.logits).reshape(-1))
+
+
+def _unit_noise(projected: Tensor) -> NoiseModel:
+    """Unit noise on the whitened rows."""
+    return NoiseModel.known(torch.ones_like(projected[0, 0]))

@@ -1,0 +1,287 @@
+"""The user's network as a pure function of its weights: a private evaluation-mode copy and its four passes."""
+
+from __future__ import annotations
+
+import copy
+import inspect
+import logging
+import warnings
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call, jacrev, jvp, vjp, vmap
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+logger = logging.getLogger("ntkgp")
+
+Weights = dict[str, Tensor]
+
+
+@contextmanager
+def pass_environment(device: torch.device | None = None) -> Iterator[None]:
+    """Differentiable attention kernels, and the global random state as it was found.
+
+    Gradients are on: some kernels (oneDNN's LSTM) keep no workspace for their backward pass otherwise, whatever
+    torch.func asks for. No graph is built as long as neither weights nor inputs require gradients.
+    """
+    fast_path = torch.backends.mha.get_fastpath_enabled()
+    cuda = [device] if device is not None and device.type == "cuda" else []
+    try:
+        torch.backends.mha.set_fastpath_enabled(False)
+        with (
+            warnings.catch_warnings(),
+            torch.random.fork_rng(devices=cuda),
+            sdpa_kernel(SDPBackend.MATH),
+            torch.enable_grad(),
+        ):
+            # torch's forward mode loads its own decompositions by a deprecated call when first used.
+            warnings.filterwarnings("ignore", message="`torch.jit.script` is deprecated", category=DeprecationWarning)
+            yield
+    finally:
+        torch.backends.mha.set_fastpath_enabled(fast_path)
+
+
+def _wants_graph(tensors: Sequence[Tensor]) -> bool:
+    return any(tensor.requires_grad for tensor in tensors)
+
+
+def private_copy(net: nn.Module) -> nn.Module:
+    """Deep copy in evaluation mode; tensors computed by hooks (old-style weight norm) are detached on the way."""
+    memo: dict[int, Any] = {}
+    for module in net.modules():
+        for value in vars(module).values():
+            if isinstance(value, Tensor) and value.grad_fn is not None:
+                memo[id(value)] = value.detach().clone()
+    return copy.deepcopy(net, memo).eval()
+
+
+def pick_output(output: Any, select: Callable[[Any], Tensor] | None) -> Tensor:
+    """The one tensor that is the network's output, or an error that says how to choose it."""
+    if select is not None:
+        output = select(output)
+    elif isinstance(output, Mapping) and isinstance(output.get("logits"), Tensor):
+        output = output["logits"]
+    if not isinstance(output, Tensor):
+        raise TypeError(
+            f"net returned a {type(output).__name__}; expected one tensor. "
+            "Pass `output=`, a function that picks the tensor, e.g. output=lambda out: out[0]"
+        )
+    if not output.is_floating_point():
+        raise TypeError(f"net returned a {output.dtype} tensor; expected floating-point outputs")
+    return output
+
+
+def _convention(module: nn.Module, tree: Any) -> str:
+    """How ``forward`` takes its inputs: a dict by "keyword" and a tuple by "position" where the signature allows it."""
+    try:
+        parameters = inspect.signature(module.forward).parameters.values()
+    except (TypeError, ValueError):
+        return "single"
+    kinds = {p.kind for p in parameters}
+    named = {p.name for p in parameters if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)}
+    positional = [p for p in parameters if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)]
+    if isinstance(tree, dict) and (inspect.Parameter.VAR_KEYWORD in kinds or set(tree) <= named):
+        return "keyword"
+    if isinstance(tree, tuple | list) and (
+        inspect.Parameter.VAR_POSITIONAL in kinds or len(positional) >= len(tree) > 0
+    ):
+        return "position"
+    return "single"
+
+
+class _ActivationCounter(TorchDispatchMode):
+    """Bytes of all intermediate results of a pass: an upper bound on what a backward pass keeps."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.bytes = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        self.bytes += sum(t.numel() * t.element_size() for t in tree_leaves(result) if isinstance(t, Tensor))
+        return result
+
+
+class FrozenNetwork:
+    """A private copy of the network, called with weights and input leaves; the user's module is never touched.
+
+    :param net: any module; copied, put in evaluation mode.
+    :param to_tree: turns a list of input leaves into the pytree that the network takes.
+    :param select: picks the output tensor out of what the network returns.
+    """
+
+    def __init__(
+        self, net: nn.Module, to_tree: Callable[[list[Tensor]], Any], select: Callable[[Any], Tensor] | None
+    ) -> None:
+        module = private_copy(net)
+        self._to_tree, self._select = to_tree, select
+        self.trainable: tuple[str, ...] = tuple(n for n, p in module.named_parameters() if p.requires_grad)
+        parameters = dict(module.named_parameters())
+        self.theta: Weights = {name: parameters[name].detach() for name in self.trainable}
+        self.dtype: torch.dtype = next(iter(self.theta.values())).dtype if self.theta else torch.get_default_dtype()
+        floating = {p.dtype for p in parameters.values() if p.is_floating_point()}
+        self.input_dtype: torch.dtype | None = self.dtype if len(floating) == 1 else None
+        self.device: torch.device = next(iter(self.theta.values())).device if self.theta else torch.device("cpu")
+        self._modules: dict[torch.device, nn.Module] = {self.device: module}
+        self._convention: str | None = None
+        # Each is switched off by `probe` where torch.func cannot do it, or does it wrongly, for this module.
+        self.functional = self.forward_mode = self.vectorized = True
+
+    def module(self, device: torch.device) -> nn.Module:
+        """The private copy on a device."""
+        if device not in self._modules:
+            self._modules[device] = copy.deepcopy(self._modules[self.device]).to(device)
+        return self._modules[device]
+
+    def weights(self, device: torch.device) -> Weights:
+        """θ̃ by parameter name on a device, detached."""
+        if device == self.device:
+            return self.theta
+        parameters = dict(self.module(device).named_parameters())
+        return {name: parameters[name].detach() for name in self.trainable}
+
+    def _arguments(
+        self, leaves: Sequence[Tensor], cast: torch.dtype | None = None
+    ) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        dtype = cast or self.input_dtype
+        if dtype is not None:
+            leaves = [leaf.to(dtype) if leaf.is_floating_point() else leaf for leaf in leaves]
+        tree = self._to_tree(list(leaves))
+        if self._convention is None:
+            self._convention = _convention(self.module(self.device), tree)
+        if self._convention == "keyword":
+            return (), dict(tree)
+        return (tuple(tree) if self._convention == "position" else (tree,)), {}
+
+    def run(self, module: nn.Module, leaves: Sequence[Tensor], cast: torch.dtype | None = None) -> Tensor:
+        """The module's own forward pass on input leaves, output event unflattened.
+
+        :param cast: dtype of floating inputs, for a module that was moved to another dtype than the network's own.
+        """
+        args, kwargs = self._arguments(leaves, cast)
+        return pick_output(module(*args, **kwargs), self._select)
+
+    def __call__(self, weights: Weights, leaves: Sequence[Tensor]) -> Tensor:
+        """f(x; θ) with the trainable weights replaced -> (N, C)."""
+        args, kwargs = self._arguments(leaves)
+        output = functional_call(self.module(leaves[0].device), weights, args, kwargs)
+        return pick_output(output, self._select).reshape(leaves[0].shape[0], -1)
+
+    def forward(self, leaves: Sequence[Tensor]) -> Tensor:
+        """f(x; θ̃) -> (N, C)."""
+        if self.functional:
+            return self(self.weights(leaves[0].device), leaves)
+        with torch.set_grad_enabled(_wants_graph(leaves)):
+            return self.run(self.module(leaves[0].device), leaves).reshape(leaves[0].shape[0], -1)
+
+    def _plain(self, leaves: Sequence[Tensor]) -> tuple[Tensor, list[Tensor]]:
+        """Output and parameters of an ordinary autograd pass: right for any module, however it reaches its weights."""
+        module = self.module(leaves[0].device)
+        parameters = dict(module.named_parameters())
+        return self.run(module, leaves).reshape(leaves[0].shape[0], -1), [parameters[n] for n in self.trainable]
+
+    def _gradient(self, output: Tensor, parameters: list[Tensor], cotangent: Tensor, graph: bool) -> list[Tensor]:
+        if not output.requires_grad:
+            return [torch.zeros_like(p) for p in parameters]
+        found = torch.autograd.grad(
+            output, parameters, cotangent, retain_graph=True, create_graph=graph, allow_unused=True
+        )
+        return [torch.zeros_like(p) if g is None else g for g, p in zip(found, parameters, strict=True)]
+
+    def jvp(self, leaves: Sequence[Tensor], tangent: Weights) -> Tensor:
+        """J v -> (N, C), by forward mode or by differentiating u ↦ Jᵀu."""
+        if self.functional and self.forward_mode:
+            weights = self.weights(leaves[0].device)
+            return jvp(lambda w: self(w, leaves), (weights,), (tangent,))[1]
+        output, parameters = self._plain(leaves)
+        cotangent = torch.zeros_like(output, requires_grad=True)
+        pulled = self._gradient(output, parameters, cotangent, graph=True)
+        dot = sum((g * tangent[n]).sum() for n, g in zip(self.trainable, pulled, strict=True) if g.requires_grad)
+        if not isinstance(dot, Tensor):
+            return torch.zeros_like(output)
+        return torch.autograd.grad(dot, cotangent, create_graph=_wants_graph(leaves))[0]
+
+    def pullback(self, leaves: Sequence[Tensor]) -> Callable[[Tensor], Weights]:
+        """u ↦ Jᵀu by parameter name, from one forward pass."""
+        if self.functional:
+            pull = vjp(lambda w: self(w, leaves), self.weights(leaves[0].device))[1]
+            return lambda u: pull(u)[0]
+        output, parameters = self._plain(leaves)
+        return lambda u: dict(
+            zip(self.trainable, self._gradient(output, parameters, u, graph=_wants_graph([*leaves, u])), strict=True)
+        )
+
+    def jacobian(self, leaves: Sequence[Tensor]) -> Weights:
+        """Rows of J by parameter name: {name: (N, C, *shape)}."""
+        if self.functional and self.vectorized:
+
+            def single(weights: Weights, *row: Tensor) -> Tensor:
+                return self(weights, [leaf.unsqueeze(0) for leaf in row]).squeeze(0)
+
+            in_dims = (None, *(0 for _ in leaves))
+            return vmap(jacrev(single), in_dims)(self.weights(leaves[0].device), *leaves)
+        rows: list[list[Tensor]] = []
+        for n in range(leaves[0].shape[0]):
+            output, parameters = self._plain([leaf[n : n + 1] for leaf in leaves])
+            eye = torch.eye(output.shape[-1], dtype=output.dtype, device=output.device)
+            pulled = [self._gradient(output, parameters, unit.unsqueeze(0), _wants_graph(leaves)) for unit in eye]
+            rows.append([torch.stack(columns) for columns in zip(*pulled, strict=True)])
+        stacked = (torch.stack(tensors) for tensors in zip(*rows, strict=True))
+        return dict(zip(self.trainable, stacked, strict=True))
+
+    def activation_bytes(self, leaves: Sequence[Tensor]) -> int:
+        """Bytes per row of everything one forward pass computes."""
+        with _ActivationCounter() as counter, torch.no_grad():
+            self.run(self.module(leaves[0].device), leaves)
+        return max(1, counter.bytes // leaves[0].shape[0])
+
+    def probe(self, leaves: Sequence[Tensor]) -> None:
+        """Find out which torch.func transforms this module supports, by comparing them with ordinary autograd."""
+        generator = torch.Generator().manual_seed(0)
+        output, parameters = self._plain(leaves)
+        u = torch.randn(output.shape, generator=generator, dtype=torch.float64).to(output)
+        expected = torch.cat([g.reshape(-1) for g in self._gradient(output, parameters, u, graph=False)])
+        v = torch.randn(expected.shape, generator=generator, dtype=torch.float64).to(expected)
+        parts = v.split([p.numel() for p in parameters])
+        tangent = {n: q.reshape(p.shape) for n, q, p in zip(self.trainable, parts, parameters, strict=True)}
+        tolerance = 1e-3 if self.dtype != torch.float64 else 1e-8
+
+        def agrees(compute: Callable[[], Tensor], target: Tensor) -> bool:
+            try:
+                found = compute().detach()
+            except (RuntimeError, NotImplementedError, TypeError, ValueError, IndexError, AttributeError):
+                return False
+            scale = target.abs().max().clamp_min(torch.finfo(target.dtype).tiny)
+            return bool((found - target).abs().max() <= tolerance * scale)
+
+        def flat(tree: Weights) -> Tensor:
+            return torch.cat([tree[name].reshape(-1) for name in self.trainable])
+
+        self.functional = agrees(lambda: flat(self.pullback(leaves)(u)), expected)
+        if not self.functional:
+            logger.warning("torch.func does not reproduce this network's gradients: using ordinary autograd, row by row")
+        forward_mode = self.functional
+        self.forward_mode = False
+        reference = self.jvp(leaves, tangent).detach()
+        self.forward_mode = forward_mode and self._forward_mode_works(leaves, tangent, reference, agrees)
+        if forward_mode and not self.forward_mode:
+            logger.warning("forward-mode differentiation is missing for this network: jvp runs as a double vjp")
+        self.vectorized = self.functional and agrees(
+            lambda: torch.cat(
+                [torch.einsum("nc,nc...->...", u, rows).reshape(-1) for rows in self.jacobian(leaves).values()]
+            ),
+            expected,
+        )
+        if self.functional and not self.vectorized:
+            logger.warning("vmap does not support this network: its Jacobian is computed row by row")
+
+    def _forward_mode_works(
+        self, leaves: Sequence[Tensor], tangent: Weights, reference: Tensor, agrees: Callable[..., bool]
+    ) -> bool:
+        self.forward_mode = True
+        return agrees(lambda: self.jvp(leaves, tangent), reference)

@@ -1,0 +1,134 @@
+"""Scale invariance of groups of weights: which sets have it, and by how much a given group misses it."""
+
+from __future__ import annotations
+
+import copy
+import logging
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor, nn
+
+from ntkgp.linearization.frozen import FrozenNetwork, pass_environment
+
+if TYPE_CHECKING:
+    from ntkgp.linearization.groups import ParameterGroups
+
+logger = logging.getLogger("ntkgp")
+
+# A power of two scales without rounding; at this size an eps that no rewriting reaches (hand-written norms) is nothing
+# beside the statistics it is added to.
+_SCALE = 2.0**10
+_STEP = 2.0**-10
+_TOLERANCE = 1e-4
+_PROBES = 4
+
+
+class _Scaled:
+    """A float64 copy of the network, its normalisers on batch statistics, whose parameters can be scaled by name."""
+
+    def __init__(self, frozen: FrozenNetwork, leaves: Sequence[Tensor]) -> None:
+        module = frozen.module(leaves[0].device)
+        self.module: nn.Module = copy.deepcopy(module).to(torch.float64)
+        self.parameters = dict(self.module.named_parameters())
+        self._frozen = frozen
+        self._leaves = [leaf.to(torch.float64) if leaf.is_floating_point() else leaf for leaf in leaves]
+
+    def output(self) -> Tensor:
+        """f at the present scaling, flattened."""
+        from ntkgp.linearization.homogeneity import exact_statistics
+
+        with pass_environment(self._leaves[0].device), exact_statistics():
+            output = self._frozen.run(self.module, self._leaves, cast=torch.float64)
+        return output.to(torch.float64).flatten()
+
+    @contextmanager
+    def scaled(self, names: Sequence[str], factor: float) -> Iterator[None]:
+        """Multiply parameters in place, and put them back bit for bit."""
+        kept = {name: self.parameters[name].detach().clone() for name in names}
+        try:
+            with torch.no_grad():
+                for name in names:
+                    self.parameters[name].mul_(factor)
+            yield
+        finally:
+            with torch.no_grad():
+                for name, value in kept.items():
+                    self.parameters[name].copy_(value)
+
+    def at(self, names: Sequence[str], factor: float) -> Tensor:
+        with self.scaled(names, factor), torch.no_grad():
+            return self.output()
+
+    def euler(self, members: Sequence[str]) -> Tensor:
+        """J_g θ_g, by a central difference in log scale: no derivative transform is asked of the module."""
+        return (self.at(members, 1 + _STEP) - self.at(members, 1 - _STEP)) / (2 * _STEP)
+
+    def gradients(self) -> list[dict[str, Tensor]]:
+        """Jᵀu by parameter name for a few random sign vectors u."""
+        generator = torch.Generator().manual_seed(0)
+        found = []
+        with torch.enable_grad():
+            output = self.output()
+            for _ in range(_PROBES):
+                signs = torch.randint(0, 2, output.shape, generator=generator).to(output) * 2 - 1
+                pulled = torch.autograd.grad(
+                    output, list(self.parameters.values()), signs, retain_graph=True, allow_unused=True
+                )
+                found.append(
+                    {
+                        name: torch.zeros_like(p) if g is None else g
+                        for (name, p), g in zip(self.parameters.items(), pulled, strict=True)
+                    }
+                )
+        return found
+
+
+def euler_error(frozen: FrozenNetwork, groups: ParameterGroups, leaves: Sequence[Tensor]) -> Tensor:
+    """‖J_g θ_g‖ / (‖J_g‖_F ‖θ_g‖) per group; ‖J_g‖_F² = E‖J_gᵀu‖² over random signs u."""
+    network = _Scaled(frozen, leaves)
+    for p in network.parameters.values():
+        p.requires_grad_(True)
+    normalized = [n for members, flag in zip(groups.members, groups.is_normalized, strict=True) if flag for n in members]
+    errors = []
+    with network.scaled(normalized, _SCALE):
+        pulled = network.gradients()
+        for members in groups.members:
+            square = sum(sum(float(tree[n].square().sum()) for n in members) for tree in pulled) / _PROBES
+            size = sum(float(network.parameters[n].detach().square().sum()) for n in members)
+            # At the common scale 2^10 the gradient of a normalised group is that much smaller: the product is not.
+            bound = (square * size) ** 0.5
+            change = float(network.euler(members).norm())
+            errors.append(change / bound if bound > 0 else (0.0 if change == 0 else float("inf")))
+    return torch.tensor(errors, dtype=torch.float64)
+
+
+def normalized_sets(frozen: FrozenNetwork, leaves: Sequence[Tensor]) -> list[tuple[str, tuple[str, ...]]]:
+    """The normalised sets (label, parameter names) found in the computation, each confirmed by scaling it."""
+    from ntkgp.linearization.homogeneity import find_normalized
+
+    module = copy.deepcopy(frozen.module(leaves[0].device))
+    with pass_environment(leaves[0].device):
+        found = find_normalized(
+            lambda: frozen.run(module, leaves), dict(module.named_parameters()), set(frozen.trainable)
+        )
+    if not found:
+        return []
+    network = _Scaled(frozen, leaves)
+    everything = [name for group in found for name in group.names]
+    confirmed = []
+    with network.scaled(everything, _SCALE):
+        reference = network.at((), 1.0)
+        scale = reference.abs().max().clamp_min(1e-30)
+        for group in found:
+            error = float((network.at(group.names, 4.0) - reference).abs().max() / scale)
+            if error <= _TOLERANCE:
+                confirmed.append((group.label, group.names))
+            else:
+                logger.warning(
+                    "the weights %s enter a normaliser, but scaling them changes the output by %.1e: put in 'rest'",
+                    ", ".join(group.names), error,
+                )  # fmt: skip
+    return confirmed

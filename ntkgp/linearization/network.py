@@ -1,0 +1,382 @@
+"""The network as a linear model in its weights."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from functools import cached_property
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ntkgp.linearization import grams as _grams
+from ntkgp.linearization.frozen import FrozenNetwork, Weights, pass_environment
+from ntkgp.linearization.grams import JacobianRows
+from ntkgp.linearization.groups import ParameterGroups, layer_partition, normalization_partition
+from ntkgp.linearization.invariance import euler_error, normalized_sets
+from ntkgp.linearization.memory import format_memory, parse_memory
+from ntkgp.linearization.packing import InputPacking
+
+GROUPS = ("normalization", "layer", "tensor", "single")
+
+
+class LinearizedNetwork:
+    r"""The tangent model of a trained network at its weights :math:`\tilde\theta`,
+
+    .. math:: h(x; \theta) = f(x; \tilde\theta) + J(x)(\theta - \tilde\theta),
+        \qquad J(x) = \partial f(x; \theta)/\partial\theta\,|_{\tilde\theta},
+
+    with its products, Jacobian rows, per-group Grams and parameter groups. The module is copied: nothing of the user's
+    module (mode, buffers, hooks, ``requires_grad``, parameters) or of the global random state ever changes, and later
+    changes of the module do not reach this object. The copy runs in evaluation mode. Parameters with
+    ``requires_grad=False`` are constants.
+
+    Inputs are given as to the network (a tensor, or a dict, tuple or list of tensors, N rows each) or packed as the
+    ``(N, D)`` matrix that GPyTorch wants (:meth:`pack`). Outputs of any shape are flattened to C numbers per row.
+
+    :param net: the trained network. A dict input is passed by keyword and a tuple by position where the signature of
+        ``forward`` allows it, else as one argument.
+    :param example: inputs as the network takes them; two or more rows let the row-by-row check be exact.
+    :param groups: ``"normalization"`` (one group per normalised set of weights, one for the rest), ``"layer"``,
+        ``"tensor"``, ``"single"``, or a :class:`~ntkgp.ParameterGroups`.
+    :param output: picks the output tensor from what the network returns; not needed for a tensor or an object with
+        ``logits``.
+    :param max_memory: budget for a single pass (:meth:`jvp`, :meth:`vjp`, calls); rows are cut into chunks to fit.
+    :raises ValueError: no trainable parameter, non-finite weights, inputs or outputs, an output whose rows depend on
+        other rows of the batch, or a partition that is none.
+    :raises TypeError: an output that is not one floating-point tensor.
+
+    Cost: one copy of the weights; a call is one forward pass, :meth:`jvp` and :meth:`vjp` about three, per vector.
+
+    >>> net = torch.nn.Sequential(torch.nn.Linear(3, 8), torch.nn.LayerNorm(8), torch.nn.Tanh(), torch.nn.Linear(8, 2))
+    >>> lin = LinearizedNetwork(net, torch.randn(2, 3))
+    >>> lin.num_parameters, lin.num_outputs, lin.groups.names
+    (66, 2, ('0', 'rest'))
+    >>> x = torch.randn(5, 3)
+    >>> lin.jvp(x, lin.theta).shape, lin.grams(x).shape
+    (torch.Size([5, 2]), torch.Size([2, 10, 10]))
+    """
+
+    def __init__(
+        self,
+        net: nn.Module,
+        example: Any,
+        groups: str | ParameterGroups = "normalization",
+        *,
+        output: Callable[[Any], Tensor] | None = None,
+        max_memory: str | int | float = "2GiB",
+    ) -> None:
+        if not isinstance(net, nn.Module):
+            raise TypeError(f"net: expected a torch.nn.Module, got {type(net).__name__}")
+        self.packing = InputPacking(example)
+        self._max_memory = parse_memory(max_memory)
+        self._check_weights(net)
+        self.frozen = FrozenNetwork(net, self.packing.tree, output)
+        packed = self.packing.pack(example)
+        with pass_environment(packed.device):
+            self._probe_rows = self._check_outputs(packed[: min(4, len(packed))])
+            leaves = self.packing.leaves(self._probe_rows[:2])
+            self.activation_bytes = self.frozen.activation_bytes(leaves)
+            self.frozen.probe(leaves)
+        # The matrix is (N, C) inside; what the network returned per row is kept to restore it.
+        self.num_outputs = math.prod(self.output_shape)
+        self.groups = self._make_groups(groups, {id(p): name for name, p in net.named_parameters()})
+
+    @staticmethod
+    def _check_weights(net: nn.Module) -> None:
+        trainable = [(name, p) for name, p in net.named_parameters() if p.requires_grad]
+        if any(isinstance(p, nn.parameter.UninitializedParameter) for p in net.parameters()):
+            raise ValueError("net has uninitialised (lazy) parameters; run it once before linearising")
+        if not trainable:
+            raise ValueError("net has no trainable parameter: no parameter has requires_grad=True")
+        for name, p in trainable:
+            if not p.is_floating_point():
+                raise TypeError(f"net: parameter {name!r} is {p.dtype}; expected a real floating-point dtype")
+        for name, p in net.named_parameters():
+            if p.is_floating_point() and not torch.isfinite(p.detach()).all():
+                raise ValueError(f"net: parameter {name!r} holds NaN or infinite values")
+
+    def _check_outputs(self, x: Tensor) -> Tensor:
+        """Rows (two at least) on which the network was seen to treat every row on its own."""
+        leaves = self.packing.leaves(x)
+        if len(x) == 1:
+            leaves = [torch.cat([leaf, _another_row(leaf)]) for leaf in leaves]
+        module = self.frozen.module(leaves[0].device)
+        with torch.no_grad():
+            batch = self.frozen.run(module, leaves)
+            if batch.ndim == 0 or batch.shape[0] != leaves[0].shape[0]:
+                raise ValueError(
+                    f"net: expected an output with N = {leaves[0].shape[0]} rows, got shape {tuple(batch.shape)}"
+                )
+            rows = [self.frozen.run(module, [leaf[n : n + 1] for leaf in leaves]) for n in range(len(batch))]
+        if not torch.isfinite(batch).all():
+            raise ValueError("net: its outputs on the example are NaN or infinite")
+        single = torch.cat(rows)
+        if batch[0].numel() == 0:
+            raise ValueError(f"net: expected at least one output per row, got shape {tuple(batch.shape)}")
+        tolerance = 1e-8 if batch.dtype == torch.float64 else (1e-2 if batch.element_size() < 4 else 1e-3)
+        error = (batch - single).abs().max() / batch.abs().max().clamp_min(1e-30)
+        if error > tolerance:
+            raise ValueError(
+                "net: its output for a row depends on the other rows of the batch, or is random "
+                f"(relative change {float(error):.1e} when the row is alone); a Gaussian process needs f(x) per row. "
+                "BatchNorm must keep running statistics, dropout must follow train/eval mode"
+            )
+        self.output_shape: torch.Size = batch.shape[1:]
+        return torch.cat([leaf.reshape(len(leaf), -1).to(self._pack_dtype(leaves)) for leaf in leaves], dim=-1)
+
+    @staticmethod
+    def _pack_dtype(leaves: list[Tensor]) -> torch.dtype:
+        return leaves[0].dtype if len(leaves) == 1 and leaves[0].is_floating_point() else torch.float64
+
+    def _make_groups(self, groups: str | ParameterGroups, identities: dict[int, str]) -> ParameterGroups:
+        names = list(self.frozen.theta)
+        if isinstance(groups, ParameterGroups):
+            spec = groups
+        elif groups == "normalization":
+            spec = ParameterGroups(normalization_partition(names, self.normalized))
+        elif groups == "layer":
+            spec = ParameterGroups(layer_partition(names))
+        elif groups == "tensor":
+            spec = ParameterGroups({name: [name] for name in names})
+        elif groups == "single":
+            spec = ParameterGroups({"all": names})
+        else:
+            raise ValueError(f"groups: expected one of {GROUPS} or a ntkgp.ParameterGroups, got {groups!r}")
+        return spec.bind(self, self.frozen.theta, identities)
+
+    @cached_property
+    def normalized(self) -> list[tuple[str, tuple[str, ...]]]:
+        """The normalised sets of weights found in the computation: (label, parameter names) of each."""
+        return normalized_sets(self.frozen, self.packing.leaves(self._probe_rows))
+
+    def euler_error(self, groups: ParameterGroups, x: Any) -> Tensor:
+        """See :meth:`ntkgp.ParameterGroups.verify`."""
+        return euler_error(self.frozen, groups, self.packing.leaves(self.pack(x).detach()))
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> LinearizedNetwork:
+        # Nothing in it ever changes: copies of a model share the network.
+        return self
+
+    @property
+    def theta(self) -> Tensor:
+        """θ̃, the trained weights, shape (P,), in the order of ``net.named_parameters()``."""
+        return torch.cat([p.reshape(-1) for p in self.frozen.theta.values()])
+
+    @property
+    def num_parameters(self) -> int:
+        """P, the number of trainable parameters."""
+        return sum(p.numel() for p in self.frozen.theta.values())
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The network's own dtype, in which its passes run."""
+        return self.frozen.dtype
+
+    @property
+    def input_width(self) -> int:
+        """D, the number of columns of packed inputs."""
+        return self.packing.width
+
+    def pack(self, inputs: Any) -> Tensor:
+        """Inputs as the network takes them -> the (N, D) tensor of GPyTorch; packed tensors pass through.
+
+        Exact: integers and booleans come back unchanged from :meth:`unpack`. See
+        :class:`~ntkgp.linearization.packing.InputPacking` for dtypes and errors.
+        """
+        return self.packing.pack(inputs)
+
+    def unpack(self, x: Tensor) -> Any:
+        """Packed (N, D) inputs -> what the network takes."""
+        return self.packing.unpack(x)
+
+    def restore(self, outputs: Tensor) -> Tensor:
+        """Flattened outputs (..., C) -> (..., *output_shape)."""
+        return outputs.reshape(*outputs.shape[:-1], *self.output_shape)
+
+    def _unflatten(self, v: Tensor) -> Weights:
+        parts = v.split([p.numel() for p in self.frozen.theta.values()])
+        return {
+            name: part.reshape(p.shape).to(p.dtype)
+            for (name, p), part in zip(self.frozen.theta.items(), parts, strict=True)
+        }
+
+    def _chunks(self, x: Tensor, passes: int) -> list[Tensor]:
+        rows = self._max_memory // (passes * self.activation_bytes)
+        if rows < 1:
+            raise ValueError(
+                f"max_memory: {format_memory(self._max_memory)} is too small for one row; "
+                f"the smallest possible is {format_memory(passes * self.activation_bytes)}"
+            )
+        return list(x.split(rows))
+
+    def _map(self, x: Any, compute: Callable[[list[Tensor]], Tensor], passes: int, dim: int = 0) -> Tensor:
+        """Run over chunks of rows; the graph to x is kept only if x asks for it."""
+        packed, keep = self._input(x)
+        with pass_environment(packed.device):
+            parts = [compute(self.packing.leaves(chunk)) for chunk in self._chunks(packed, passes)]
+            return torch.cat(parts if keep else [part.detach() for part in parts], dim=dim)
+
+    def _input(self, x: Any) -> tuple[Tensor, bool]:
+        """Packed inputs, and whether results must carry a graph to them."""
+        packed = self.pack(x)
+        keep = torch.is_grad_enabled() and packed.requires_grad
+        return (packed if keep else packed.detach()), keep
+
+    def __call__(self, x: Any) -> Tensor:
+        """f(x; θ̃), the network's output with its event flattened.
+
+        :param x: raw or packed inputs, N rows.
+        :return: shape (N, C), in the network's dtype; differentiable with respect to x.
+        """
+        return self._map(x, self.frozen.forward, passes=1)
+
+    def jvp(self, x: Any, v: Tensor) -> Tensor:
+        """J(x) v, one or K vectors of parameter space pushed to the outputs.
+
+        :param v: shape (P,) or (K, P).
+        :return: shape (N, C) or (K, N, C). Cost: K forward-mode passes (a double vjp where forward mode is missing).
+        :raises ValueError: another shape of v.
+        """
+        self._expect(v, "v", (self.num_parameters,))
+        if v.ndim == 2 and len(v) == 0:
+            return self(x).new_zeros(0, len(self.pack(x)), self.num_outputs)
+        if v.ndim == 1:
+            tangent = self._unflatten(v)
+            return self._map(x, lambda leaves: self.frozen.jvp(leaves, tangent), passes=3)
+        tangents = [self._unflatten(row) for row in v]
+        return self._map(
+            x, lambda leaves: torch.stack([self.frozen.jvp(leaves, t) for t in tangents]), passes=3 + len(v), dim=1
+        )
+
+    def vjp(self, x: Any, u: Tensor) -> Tensor:
+        """Jᵀu, one or K vectors of output space pulled back to the parameters and summed over the rows.
+
+        :param u: shape (N, C) or (K, N, C).
+        :return: shape (P,) or (K, P). Cost: one forward and K backward passes.
+        :raises ValueError: another shape of u.
+        """
+        packed, keep = self._input(x)
+        self._expect(u, "u", (len(packed), self.num_outputs))
+        many = u.to(self.dtype).reshape(-1, len(packed), self.num_outputs)
+        keep = keep or (torch.is_grad_enabled() and u.requires_grad)
+        many = many if keep else many.detach()
+        total = torch.zeros(len(many), self.num_parameters, dtype=self.dtype, device=packed.device)
+        start = 0
+        with pass_environment(packed.device):
+            for chunk in self._chunks(packed, passes=3):
+                pull = self.frozen.pullback(self.packing.leaves(chunk))
+                rows = [self._flatten(pull(row)) for row in many[:, start : start + len(chunk)]]
+                if rows:
+                    total = total + torch.stack(rows if keep else [row.detach() for row in rows])
+                start += len(chunk)
+        return total.reshape(*u.shape[:-2], self.num_parameters)
+
+    @staticmethod
+    def _flatten(tree: Weights) -> Tensor:
+        return torch.cat([tensor.reshape(-1) for tensor in tree.values()])
+
+    @staticmethod
+    def _expect(value: Tensor, name: str, shape: tuple[int, ...]) -> None:
+        if not isinstance(value, Tensor) or value.shape[-len(shape) :] != shape or value.ndim > len(shape) + 1:
+            came = tuple(value.shape) if isinstance(value, Tensor) else type(value).__name__
+            raise ValueError(f"{name}: expected shape {shape} or (K, {', '.join(map(str, shape))}), got {came}")
+
+    def jacobian_by_tensor(self, x: Any) -> Weights:
+        """Jacobian rows of each parameter tensor: {name: (N, C, *parameter shape)}; all N rows at once."""
+        packed, keep = self._input(x)
+        with pass_environment(packed.device):
+            rows = self.frozen.jacobian(self.packing.leaves(packed))
+        return rows if keep else {name: tensor.detach() for name, tensor in rows.items()}
+
+    def jacobian(self, x: Any) -> Tensor:
+        """J(x), shape (N, C, P), for small problems and tests: everything else works without it.
+
+        Cost: C backward passes per row; N·C·P numbers.
+        """
+        return torch.cat([rows.flatten(2) for rows in self.jacobian_by_tensor(x).values()], dim=-1)
+
+    def grams(
+        self, x1: Any, x2: Any = None, max_memory: str | int | float = "2GiB", progress: bool = False
+    ) -> Tensor:
+        r"""Per-group Grams :math:`K_g = J_g(x_1) J_g(x_2)^\top`, rows input-major.
+
+        Passes run in the network's dtype, products in float64. Differentiable with respect to inputs that require
+        gradients (the whole Jacobian is then held).
+
+        :param x1: raw or packed inputs, or :meth:`rows` kept from before.
+        :param x2: likewise; None for the symmetric Gram of x1.
+        :param max_memory: budget for the result and everything held on the way; rows are cut into blocks to fit.
+        :return: shape (G, N1·C, N2·C), float64.
+        :raises ValueError: the budget cannot hold the result; the message gives the smallest possible one.
+
+        Cost: O(N1·N2·C²·P) flops (half of it if symmetric) and one Jacobian per block; the blocks of x2 are computed
+        again for each block of x1.
+        """
+        a = x1 if isinstance(x1, JacobianRows) else self.pack(x1)
+        b = x2 if x2 is None or isinstance(x2, JacobianRows) else self.pack(x2)
+        if isinstance(a, JacobianRows) or isinstance(b, JacobianRows):
+            return _grams.grams(self, a, b, max_memory, progress)
+        if torch.is_grad_enabled() and (a.requires_grad or (b is not None and b.requires_grad)):
+            left = self.jacobian_by_tensor(a)
+            right = left if b is None else self.jacobian_by_tensor(b)
+            return _grams.differentiable(
+                left, right, self.groups.of_tensor, len(self.groups), lambda j, k: j.flatten(0, 1) @ k.flatten(0, 1).mT
+            )
+        return _grams.grams(self, a, b, max_memory, progress)
+
+    def weighted_gram(
+        self, x1: Any, x2: Any, variance: Tensor, max_memory: str | int | float = "2GiB"
+    ) -> Tensor:
+        r"""The kernel matrix :math:`\sum_g v_g J_g(x_1) J_g(x_2)^\top` without its per-group blocks.
+
+        :param x2: inputs, or the :meth:`rows` of inputs kept from before: then no pass over them is made.
+        :param variance: :math:`v_g = 1/\lambda_g`, shape (G,); no gradient is returned for it.
+        :return: shape (N1·C, N2·C), float64; differentiable with respect to inputs that require gradients.
+
+        Cost: as :meth:`grams`, with one N1·C × N2·C result.
+        """
+        a = self.pack(x1)
+        b = x2 if isinstance(x2, JacobianRows) else self.pack(x2)
+        if torch.is_grad_enabled() and (a.requires_grad or (isinstance(b, Tensor) and b.requires_grad)):
+            return _grams.differentiable_weighted_gram(self, a, b, variance)
+        return _grams.weighted_gram(self, a, b, variance, max_memory)
+
+    def rows(self, x: Any, max_memory: str | int | float = "2GiB") -> JacobianRows:
+        """The Jacobian rows of x, kept for later products: N·C·P numbers in the network's dtype.
+
+        :raises ValueError: they do not fit in the budget (see :meth:`rows_memory`).
+        """
+        return _grams.jacobian_rows(self, self.pack(x).detach(), max_memory)
+
+    def rows_memory(self, num_rows: int) -> int:
+        """Bytes that :meth:`rows` of so many inputs takes."""
+        return num_rows * self.num_outputs * sum(p.numel() * p.element_size() for p in self.frozen.theta.values())
+
+    def gram_diagonals(self, x: Any, max_memory: str | int | float = "2GiB") -> Tensor:
+        r"""Per-group blocks :math:`J_g(x_n) J_g(x_n)^\top` at single inputs: shape (G, N, C, C), float64.
+
+        Cost: O(N·C²·P) flops; no N × N block is formed. Differentiable with respect to x.
+        """
+        packed = self.pack(x)
+        if torch.is_grad_enabled() and packed.requires_grad:
+            rows = self.jacobian_by_tensor(packed)
+            return _grams.differentiable(
+                rows, rows, self.groups.of_tensor, len(self.groups), lambda j, k: j @ k.mT
+            )
+        return _grams.gram_diagonals(self, packed, max_memory)
+
+    def __repr__(self) -> str:
+        return (
+            f"LinearizedNetwork(P={self.num_parameters:,}, C={self.num_outputs}, output_shape={tuple(self.output_shape)}, "
+            f"dtype={str(self.dtype).removeprefix('torch.')}, groups={list(self.groups.names)})"
+        )
+
+
+def _another_row(leaf: Tensor) -> Tensor:
+    """A second, different row made of the first one's values, so that it is valid input for any network."""
+    flipped = leaf.flip(-1) if leaf.ndim > 1 else leaf.clone()
+    if torch.equal(flipped, leaf) and leaf.is_floating_point():
+        return leaf * 0.5 + 0.25
+    return flipped

@@ -1,0 +1,27 @@
+"""One torch thread, a fixed seed before each test, and a check that no test leaves global state behind."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+import numpy as np
+import pytest
+import torch
+
+torch.set_num_threads(1)
+
+
+@pytest.fixture(autouse=True)
+def fixed_global_state() -> Iterator[None]:
+    torch.manual_seed(0)
+    np.random.seed(0)  # noqa: NPY002 -- libraries under test may read the legacy generator
+    state = (torch.get_default_dtype(), torch.get_num_threads(), torch.is_grad_enabled())
+    yield
+    left = (torch.get_default_dtype(), torch.get_num_threads(), torch.is_grad_enabled())
+    torch.set_default_dtype(state[0])
+    torch.set_num_threads(state[1])
+    torch.set_grad_enabled(state[2])
+    assert left == state, f"default dtype, threads, grad mode before {state}, after {left}"
