@@ -514,7 +514,7 @@ def fixed(noise, **kwargs):
 
 def gaussian(noise=0.3):
     likelihood = GaussianLikelihood().double()
-    likelihood.noise = noise
+    likelihood.noise = torch.tensor(noise, dtype=DOUBLE)  # a float would be rounded to float32 by gpytorch
     return likelihood
 
 
@@ -532,7 +532,7 @@ def test_multioutput_noise_is_dense_noise(kind, batch, interleaved):
     }[kind]
     likelihood = MultioutputGaussianLikelihood(stock)
     if kind == "fixed and learned":
-        likelihood.second_noise = 0.7
+        likelihood.second_noise = torch.tensor(0.7, dtype=DOUBLE)
     latent = multitask(n, c, *batch, interleaved=interleaved)
     predictive = likelihood(latent)
     flat = entries if interleaved else entries.mT
@@ -620,15 +620,17 @@ def test_stock_gaussian_likelihood_fails_here():
         )
 
 
-@pytest.mark.parametrize("kind", ["one", "per input", "per entry"])
+@pytest.mark.parametrize("kind", ["one", "per input", "per entry", "mixed"])
 def test_fantasies_equal_retraining(kind):
-    x_new, y_new = randn(2, 2, seed=11), randn(2, 3, seed=12)
-    shapes = {"one": None, "per input": ((7,), (2,)), "per entry": ((7, 3), (2, 3))}[kind]
+    """One new input: with several, gpytorch's own strategy mixes (M, C) and (M·C,) for every likelihood."""
+    x_new, y_new = randn(1, 2, seed=11), randn(1, 3, seed=12)
+    shapes = {"one": None, "per input": ((7,), (1,)), "per entry": ((7, 3), (1, 3)), "mixed": ((7,), (1, 3))}[kind]
     if shapes is None:
         stock, kwargs, full = gaussian(), {}, gaussian()
     else:
         old, new = randn(*shapes[0], seed=5).exp(), randn(*shapes[1], seed=6).exp()
-        stock, kwargs, full = fixed(old), {"noise": new}, fixed(torch.cat([old, new]))
+        entries = [v.view(len(v), -1).expand(len(v), 3) for v in (old, new)]
+        stock, kwargs, full = fixed(old), {"noise": new}, fixed(torch.cat(entries))
     with gpytorch.settings.fast_computations(False, False, False), torch.no_grad():
         model = dense_gp(MultioutputGaussianLikelihood(stock)).eval()
         test = randn(4, 2, seed=6)
@@ -642,6 +644,22 @@ def test_fantasies_equal_retraining(kind):
         assert (fantasy(test).mean - batch(test).mean).abs().max() < 1e-9
         assert (fantasy(test).covariance_matrix - batch(test).covariance_matrix).abs().max() < 1e-9
         assert isinstance(fantasy.likelihood, MultioutputGaussianLikelihood)
+
+
+@pytest.mark.parametrize("learn", [False, True])
+def test_fantasy_likelihood_extends_a_fixed_noise(learn):
+    old, new = randn(7, 3, seed=5).exp(), randn(2, 3, seed=6).exp()
+    likelihood = MultioutputGaussianLikelihood(fixed(old, learn_additional_noise=learn).double())
+    if learn:
+        likelihood.second_noise = torch.tensor(0.4, dtype=DOUBLE)
+    longer = likelihood.get_fantasy_likelihood(noise=new)
+    latent = multitask(9, 3)
+    added = longer(latent).covariance_matrix - latent.covariance_matrix
+    want = torch.cat([old, new]) + (0.4 if learn else 0.0)
+    assert (added - want.flatten().diag()).abs().max() < 1e-12
+    assert likelihood.noise_covar.noise.shape == (7, 3)
+    with pytest.raises(ValueError, match="noise: .*2 outputs.*3 outputs"):
+        likelihood.get_fantasy_likelihood(noise=torch.ones(2, 2, dtype=DOUBLE))
 
 
 def test_fixed_noise_for_other_inputs():

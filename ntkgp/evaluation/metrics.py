@@ -45,7 +45,7 @@ class Coverage(NamedTuple):
 class ReliabilityBins(NamedTuple):
     """Points, mean confidence and accuracy per confidence bin; empty bins hold ``nan``."""
 
-    count: Tensor
+    points: Tensor
     confidence: Tensor
     accuracy: Tensor
 
@@ -303,7 +303,7 @@ def reliability_bins(probabilities: Tensor, labels: Tensor, bins: int = 15) -> R
 
     Example:
         >>> reliability_bins(torch.tensor([[0.75, 0.25], [0.5, 0.5]]), torch.tensor([0, 1]), bins=2)
-        ReliabilityBins(count=tensor([1., 1.], dtype=torch.float64),
+        ReliabilityBins(points=tensor([1., 1.], dtype=torch.float64),
             confidence=tensor([0.5000, 0.7500], dtype=torch.float64),
             accuracy=tensor([0., 1.], dtype=torch.float64))
     """
@@ -376,7 +376,7 @@ def ood_auc(inside: Tensor, outside: Tensor) -> Tensor:
     """
     scores = {}
     for name, score in (("inside", inside), ("outside", outside)):
-        scores[name] = _float64(name, score, finite=False)
+        scores[name] = _float64(name, score, finite=False).contiguous()
         if score.dim() != 1 or len(score) == 0:
             raise ValueError(f"{name}: expected a vector of at least one score, got shape {tuple(score.shape)}")
         if bool(scores[name].isnan().any()):

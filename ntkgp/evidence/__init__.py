@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from .ascent import Optimum
-from .fit import fit_evidence, fit_problem
-from .fixed_point import fixed_point
-from .gradient import lbfgs
-from .newton import DualMode, dual_mode
-from .objective import Evaluation, EvidenceObjective, evidence_objective
-from .problem import GaussianEvidence, NoiseModel, SoftmaxEvidence
-from .report import EvidenceReport
+from ntkgp.evidence.ascent import Optimum
+from ntkgp.evidence.fit import fit_evidence, fit_problem
+from ntkgp.evidence.fixed_point import fixed_point
+from ntkgp.evidence.gradient import lbfgs
+from ntkgp.evidence.newton import DualMode, dual_mode
+from ntkgp.evidence.objective import Evaluation, EvidenceObjective, evidence_objective
+from ntkgp.evidence.problem import GaussianEvidence, NoiseModel, SoftmaxEvidence
+from ntkgp.evidence.report import EvidenceReport
 
 __all__ = [
     "DualMode",

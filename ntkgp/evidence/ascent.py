@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from .objective import Evaluation, EvidenceObjective
+from ntkgp.evidence.objective import Evaluation, EvidenceObjective
 
 PRUNED_DIMENSION = 1e-4
 
@@ -82,7 +82,7 @@ class Ascent:
         return float(gradient.abs().max()) if gradient.numel() else 0.0
 
     def predicted_gain(self, x: Tensor, evaluation: Evaluation) -> float:
-        """Gradient times MacKay step over the free coordinates: the distance from stationarity in MacKay's own metric."""
+        """Gradient times MacKay step over the free coordinates: how far from stationarity, in MacKay's metric."""
         return float((evaluation.gradient * evaluation.step)[self.free(x, evaluation)].sum())
 
     def met(self, x: Tensor, evaluation: Evaluation) -> bool:
@@ -111,8 +111,8 @@ class Ascent:
 def try_fading(ascent: Ascent, limit: float = 1e-2) -> bool:
     """Move what fades to its bound, if the evidence does not fall; its optimum is only approached slowly in logarithms.
 
-    Groups fade when gamma_g is below `limit` and the precision still grows; a noise variance fades when the number of rows
-    that it explains, sigma^2 tr A^-1, is below `limit` and it still shrinks.
+    Groups fade when gamma_g is below `limit` and the precision still grows; a noise variance fades when the number of
+    rows that it explains, sigma^2 tr A^-1, is below `limit` and it still shrinks.
     """
     current = ascent.current
     assert current is not None

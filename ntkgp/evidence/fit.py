@@ -11,12 +11,12 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from .ascent import PRUNED_DIMENSION, Optimum
-from .fixed_point import fixed_point
-from .gradient import lbfgs
-from .objective import EvidenceObjective, MapObjective, SoftmaxObjective, evidence_objective
-from .problem import GaussianEvidence, Problem, SoftmaxEvidence
-from .report import EvidenceReport
+from ntkgp.evidence.ascent import PRUNED_DIMENSION, Optimum
+from ntkgp.evidence.fixed_point import fixed_point
+from ntkgp.evidence.gradient import lbfgs
+from ntkgp.evidence.objective import EvidenceObjective, MapObjective, SoftmaxObjective, evidence_objective
+from ntkgp.evidence.problem import GaussianEvidence, Problem, SoftmaxEvidence
+from ntkgp.evidence.report import EvidenceReport
 
 _METHODS: dict[str, Callable[..., Optimum]] = {"mackay": fixed_point, "lbfgs": lbfgs}
 _OUTER_STEPS = 50
@@ -57,31 +57,34 @@ def fit_evidence(
 ) -> EvidenceReport:
     r"""Fit all group precisions and the noise of a model by maximising its evidence, and store them in the model.
 
-    At `theta_star` (Antoran et al. 2022, recommendation 1) the evidence is the marginal likelihood of the tangent model,
+    At `theta_star` (Antoran et al. 2022, recommendation 1) the evidence is the marginal likelihood of the tangent
+    model,
 
-    .. math:: M = \log p(y | h(\theta_\star)) - \tfrac12 \|\theta_\star\|^2_\Lambda - \tfrac12 \log\det(I + \Lambda^{-1} H),
+    .. math:: M = \log p(y | h(\theta_\star)) - \tfrac12 \|\theta_\star\|^2_\Lambda - \tfrac12 \log\det(I +
+    \Lambda^{-1} H),
 
-    with theta_star the mode of the tangent model. At `theta_map` it is the classical Laplace evidence, the same expression at
-    the trained weights. Only per-group Grams are used; no network pass is made after they are built.
+    with theta_star the mode of the tangent model. At `theta_map` it is the classical Laplace evidence, the same
+    expression at the trained weights. Only per-group Grams are used; no network pass is made after they are built.
 
-    :param model: an exact model (:class:`ntkgp.ExactNTKGP`), or anything with its `evidence_problem` and `set_hyperparameters`.
+    :param model: an exact model (:class:`ntkgp.ExactNTKGP`), or anything with its `evidence_problem` and
+        `set_hyperparameters`.
     :param method: "mackay" (accelerated fixed point, default) or "lbfgs" (L-BFGS-B); both find the same optimum.
     :param at: "theta_star" (default) or "theta_map".
-    :param curvature: classification only: "simple" (true loss, H at the trained weights, default), "quadratic" (second-order
-        expansion of the loss there) or "full" (H re-evaluated at theta_star in an outer fixed point).
+    :param curvature: classification only: "simple" (true loss, H at the trained weights, default), "quadratic"
+        (second-order expansion of the loss there) or "full" (H re-evaluated at theta_star in an outer fixed point).
     :param targets: "data" (default), or "residual" for the evidence of y - f(x), which needs `held_out=True`.
     :param held_out: declares that the network was not trained on the model's data.
     :param max_evaluations: largest number of evaluations of the evidence.
     :param tolerance: accepted projected gradient per row of data.
     :param progress: show a progress bar. An interrupt keeps the best point so far.
-    :param bounds: smallest and largest prior variance of a group relative to the mean square of the targets (of one, for
-        logits): bounds on log lambda that do not depend on units or on the scale of the weights.
+    :param bounds: smallest and largest prior variance of a group relative to the mean square of the targets (of one,
+        for logits): bounds on log lambda that do not depend on units or on the scale of the weights.
     :returns: the report.
     :raises ValueError: for unknown or inconsistent arguments.
 
-    Cost: for one group a single eigendecomposition and O(N C) per evaluation; otherwise (N C)^3 + O(G (N C)^2) per evaluation
-    (typically 10-50), memory (G + 3) (N C)^2; classification adds a few Cholesky factorisations per evaluation and G projected
-    Grams.
+    Cost: for one group a single eigendecomposition and O(N C) per evaluation; otherwise (N C)^3 + O(G (N C)^2) per
+    evaluation (typically 10-50), memory (G + 3) (N C)^2; classification adds a few Cholesky factorisations per
+    evaluation and G projected Grams.
 
     >>> import torch
     >>> from ntkgp.evidence import GaussianEvidence, NoiseModel
@@ -150,9 +153,9 @@ def _check_arguments(method: str, at: str, curvature: str, targets: str, held_ou
         raise ValueError("curvature='full' evaluates H at theta_star; with at='theta_map' use 'simple'")
     if targets == "residual" and not held_out:
         raise ValueError(
-            "targets='residual' is refused for training data: the network was fitted to that y, so the residual y - f(x) asks "
-            "for no prior variance at all and every precision runs to infinity. Pass held_out=True only if the network has "
-            "never seen these data; otherwise use targets='data'"
+            "targets='residual' is refused for training data: the network was fitted to that y, so the residual "
+            "y - f(x) asks for no prior variance at all and every precision runs to infinity. Pass held_out=True only "
+            "if the network has never seen these data; otherwise use targets='data'"
         )
     if targets == "residual" and at == "theta_map":
         raise ValueError(
@@ -223,8 +226,8 @@ def _as_stored(fit: _Fit, stored: tuple[Tensor, Tensor | None]) -> tuple[_Fit, t
     x = torch.cat([stored[0].detach().reshape(-1).to(optimum.x), noise.detach().reshape(-1).to(optimum.x)]).log()
     if x.shape != optimum.x.shape:
         raise ValueError(
-            f"set_hyperparameters must return {objective.num_groups} precisions and {objective.num_noise} noise variances, "
-            f"got {stored[0].numel()} and {noise.numel()}"
+            f"set_hyperparameters must return {objective.num_groups} precisions and {objective.num_noise} noise "
+            f"variances, got {stored[0].numel()} and {noise.numel()}"
         )
     if float((x - optimum.x).abs().max()) <= _STORED_TOLERANCE:
         return _Fit(objective, replace(optimum, x=x)), ()
@@ -325,8 +328,8 @@ def _shift_warning(problem: Problem, pruned: Tensor, shift: tuple[float, Tensor]
     if distance <= math.sqrt(parameters) + 3.0:
         return []
     return [
-        f"the trained weights are far from theta_star: {distance:.3g} in the posterior metric, where a posterior draw is at "
-        f"{math.sqrt(parameters):.3g}; the classical evidence at the trained weights would mislead"
+        f"the trained weights are far from theta_star: {distance:.3g} in the posterior metric, where a posterior draw "
+        f"is at {math.sqrt(parameters):.3g}; the classical evidence at the trained weights would mislead"
     ]
 
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .ascent import Ascent, BudgetExhausted, Optimum, try_fading
-from .objective import Evaluation, EvidenceObjective
+from ntkgp.evidence.ascent import Ascent, BudgetExhausted, Optimum, try_fading
+from ntkgp.evidence.objective import Evaluation, EvidenceObjective
 
 _HISTORY = 20
 _MAX_MOVE = 5.0
@@ -21,13 +21,14 @@ def fixed_point(
     max_evaluations: int = 500,
     progress: bool = False,
 ) -> Optimum:
-    r"""Maximise an evidence by the dual MacKay fixed point :math:`\lambda_g \leftarrow \gamma_g / \|\theta_{\star g}\|^2`.
+    r"""Maximise an evidence by MacKay's fixed point :math:`\lambda_g \leftarrow \gamma_g / \|\theta_{\star g}\|^2`.
 
-    With the gradient (a - b)/2 the step log(a/b) equals M g with the positive diagonal M = log(a/b) / ((a - b)/2): MacKay's
-    rule is gradient ascent in its own metric, an ascent direction coordinate by coordinate. Each iteration takes that step,
-    improved by limited-memory BFGS with M as the initial inverse Hessian (the first step is exactly MacKay's), and halves it
-    until the evidence rises; a direction that fails is replaced by the plain MacKay step. Variables held at a bound are left
-    out. Groups that fade are tried at their upper bound directly. Source: MacKay 1992; METHODS 1.5.
+    With the gradient (a - b)/2 the step log(a/b) equals M g with the positive diagonal M = log(a/b) / ((a - b)/2):
+    MacKay's rule is gradient ascent in its own metric, an ascent direction coordinate by coordinate. Each iteration
+    takes that step, improved by limited-memory BFGS with M as the initial inverse Hessian (the first step is exactly
+    MacKay's), and halves it until the evidence rises; a direction that fails is replaced by the plain MacKay step.
+    Variables held at a bound are left out. Groups that fade are tried at their upper bound directly. Source: MacKay
+    1992; METHODS 1.5.
 
     :param objective: the evidence.
     :param start: starting point (log lambda, log sigma^2), shape (G+S,) (default: the objective's documented start).
@@ -127,7 +128,7 @@ def _search(ascent: Ascent, direction: Tensor, max_halvings: int) -> bool:
         # Below rounding of the evidence only the gradient can still tell progress.
         level = abs(gain) <= ascent.rounding(current)
         flatter = ascent.predicted_gain(x, found) < ascent.predicted_gain(ascent.x, current)
-        if rising and not level or level and flatter:
+        if (rising and not level) or (level and flatter):
             ascent.accept(x, found)
             return True
         if level:

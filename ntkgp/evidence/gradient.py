@@ -7,8 +7,8 @@ import scipy.optimize
 import torch
 from torch import Tensor
 
-from .ascent import Ascent, BudgetExhausted, Optimum, try_fading
-from .objective import Evaluation, EvidenceObjective
+from ntkgp.evidence.ascent import Ascent, BudgetExhausted, Optimum, try_fading
+from ntkgp.evidence.objective import Evaluation, EvidenceObjective
 
 _RESTARTS = 10
 
@@ -22,8 +22,8 @@ def lbfgs(
 ) -> Optimum:
     """Maximise an evidence by scipy's L-BFGS-B in (log lambda, log sigma^2) with the objective's bounds.
 
-    Restarted with a fresh memory, up to 10 times, until the projected gradient meets the tolerance: near the optimum its line
-    search ends on rounding of the evidence long before the gradient does.
+    Restarted with a fresh memory, up to 10 times, until the projected gradient meets the tolerance: near the optimum
+    its line search ends on rounding of the evidence long before the gradient does.
 
     Parameters, result and errors are those of :func:`~ntkgp.evidence.fixed_point`.
 

@@ -7,14 +7,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from .curvature import (
-    apply_factor,
-    apply_factor_transpose,
-    curvature_factor,
-    log_likelihood,
-    project,
-    residual,
-)
+from ntkgp.evidence.blocks import apply_factor, apply_factor_transpose, project
+from ntkgp.likelihoods import curvature_factor, log_likelihood, residual
 
 _MAX_STEPS = 100
 _MAX_HALVINGS = 40
@@ -43,9 +37,9 @@ def dual_mode(
 ) -> DualMode:
     r"""Minimise :math:`-\sum_n \log p(y_n | m_0 + K\alpha) + \frac12 \alpha^\top K \alpha` by damped Newton steps.
 
-    METHODS 2.3 (iteratively re-weighted least squares with the rank C - 1 curvature factor S). Undamped steps can cycle, so
-    each one is halved until the objective falls. Stops when alpha equals onehot(y) - p up to `tolerance`, or when rounding
-    allows no further progress (the remaining `gap` is returned).
+    METHODS 2.3 (iteratively re-weighted least squares with the rank C - 1 curvature factor S). Undamped steps can
+    cycle, so each one is halved until the objective falls. Stops when alpha equals onehot(y) - p up to `tolerance`, or
+    when rounding allows no further progress (the remaining `gap` is returned).
 
     Cost: a Cholesky factorisation of size N*(C-1) and O((N C)^2 C) per step; memory two such matrices.
 
@@ -79,12 +73,12 @@ def dual_mode(
         alpha, image, loss = moved
         steps += 1
     logits = offset + image.reshape(offset.shape)
-    return DualMode(alpha, logits, float(log_likelihood(logits, labels)), gap, steps)
+    return DualMode(alpha, logits, float(log_likelihood(logits, labels).sum()), gap, steps)
 
 
 def _loss(alpha: Tensor, image: Tensor, offset: Tensor, labels: Tensor) -> float:
     """Negative log joint density at theta = Lambda^-1 J^T alpha, with image = K alpha."""
-    return float(0.5 * alpha @ image - log_likelihood(offset + image.reshape(offset.shape), labels))
+    return float(0.5 * alpha @ image - log_likelihood(offset + image.reshape(offset.shape), labels).sum())
 
 
 def _newton_direction(gram: Tensor, image: Tensor, offset: Tensor, resid: Tensor) -> Tensor:

@@ -7,8 +7,8 @@ All objectives share one form. With x = (log lambda_g, log sigma^2_c) there are 
 so that the fixed points of the step are exactly the stationary points of the evidence:
 
 * theta_star, precision: a = gamma_g, b = lambda_g |theta_star_g|^2, i.e. lambda_g <- gamma_g / |theta_star_g|^2;
-* theta_star, noise: a = sigma^2_c sum alpha_i^2, b = sigma^2_c sum (A^-1)_ii over the rows i of the component. It follows
-  from d log N(t; 0, A) / d sigma^2_c = (sum alpha_i^2 - sum (A^-1)_ii) / 2, and for one variance it is
+* theta_star, noise: a = sigma^2_c sum alpha_i^2, b = sigma^2_c sum (A^-1)_ii over the rows i of the component. It
+  follows from d log N(t; 0, A) / d sigma^2_c = (sum alpha_i^2 - sum (A^-1)_ii) / 2, and for one variance it is
   sigma^2 <- SSE / (N C - gamma), because SSE = sigma^4 alpha^T alpha and N C - gamma = sigma^2 tr A^-1;
 * theta_map: b = lambda_g |theta_g|^2 and, for the noise, a = sigma^2_c sum r_i^2 / d_i^2 with r = y - f.
 
@@ -24,17 +24,11 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from .curvature import (
-    apply_factor,
-    apply_factor_transpose,
-    curvature_factor,
-    log_likelihood,
-    project,
-    whitened_residual,
-)
-from .newton import DualMode, dual_mode
-from .problem import GaussianEvidence, NoiseModel, Problem, SoftmaxEvidence
-from .system import LinearSystem, Solution, linear_system
+from ntkgp.evidence.blocks import apply_factor, apply_factor_transpose, project
+from ntkgp.evidence.newton import DualMode, dual_mode
+from ntkgp.evidence.problem import GaussianEvidence, NoiseModel, Problem, SoftmaxEvidence
+from ntkgp.evidence.system import LinearSystem, Solution, linear_system
+from ntkgp.likelihoods import curvature_factor, log_likelihood, whitened_targets
 
 _MAX_LOG_STEP = 12.0
 _NOISE_BOUNDS = (1e-10, 1e4)
@@ -80,9 +74,11 @@ class Evaluation:
 class EvidenceObjective:
     r"""Common part: the variables, their start and their bounds, in terms of the scale-free ratios.
 
-    :math:`\rho_g = (\mathrm{tr} K_g / n) / (\lambda_g s)` is the prior variance of group g relative to the mean square s of the
+    :math:`\rho_g = (\mathrm{tr} K_g / n) / (\lambda_g s)` is the prior variance of group g relative to the mean square
+        s of the
     targets (s = 1 for logits). Start: :math:`\rho_g = 1/G` and the training mean squared error of the network as noise
-    (0.1 s when it is unknown), clipped to [1e-4 s, s]. These rules make a whole run equivariant under J_g -> J_g / k and y -> c y.
+    (0.1 s when it is unknown), clipped to [1e-4 s, s]. These rules make a whole run equivariant under J_g -> J_g / k
+    and y -> c y.
     """
 
     def __init__(self, problem: Problem, scale: float, noise: NoiseModel, bounds: tuple[float, float]) -> None:
@@ -160,7 +156,7 @@ class EvidenceObjective:
         raise NotImplementedError
 
     def likelihood_at_map(self, x: Tensor) -> tuple[float, Tensor, float]:
-        """Return the log-likelihood without its noise normalisation, the noise pull (S,) and the SSE at the trained weights."""
+        """At the trained weights: log-likelihood (noise not normalised), noise pull (S,) and squared error."""
         raise NotImplementedError
 
     def __call__(self, x: Tensor) -> Evaluation:
@@ -179,9 +175,10 @@ class EvidenceObjective:
         return self(x)
 
     def squared_shift(self, x: Tensor) -> tuple[float, Tensor]:
-        r"""Squared distance :math:`\|\theta_\star - \tilde\theta\|^2_{H+\Lambda}` in its two parts: H, and Lambda per group (G,).
+        r"""Squared distance :math:`\|\theta_\star - \tilde\theta\|^2_{H+\Lambda}`: its part in H, and in Lambda (G,).
 
-        Needs `tangent_theta` and `theta_norms`. Half of the sum is M(theta_star) - M(theta_map) for a quadratic loss (law B17).
+        Needs `tangent_theta` and `theta_norms`. Half of the sum is M(theta_star) - M(theta_map) for a quadratic loss
+        (law B17).
         """
         problem = self.problem
         if problem.tangent_theta is None or problem.theta_norms is None:
@@ -250,11 +247,12 @@ class GaussianObjective(EvidenceObjective):
 class SoftmaxObjective(EvidenceObjective):
     r"""Evidence of a classification at theta_star with the curvature H frozen at given logits (METHODS 2.3).
 
-    .. math:: M = \sum_n \log p(y_n | h_n) - \tfrac12 \|\theta_\star\|^2_\Lambda - \tfrac12 \log\det(I + S^\top K_\Lambda S)
+    .. math:: M = \sum_n \log p(y_n | h_n) - \tfrac12 \|\theta_\star\|^2_\Lambda - \tfrac12 \log\det(I + S^\top
+    K_\Lambda S)
 
     The gradient is exact: theta_star is profiled out (envelope theorem) and S does not depend on x.
-    Cost: per evaluation a few damped Newton steps, (N (C-1))^3/3 each, and one Cholesky factorisation with inverse of size
-    N (C-1); memory: G projected Grams of that size, once per curvature.
+    Cost: per evaluation a few damped Newton steps, (N (C-1))^3/3 each, and one Cholesky factorisation with inverse of
+    size N (C-1); memory: G projected Grams of that size, once per curvature.
 
     :param problem: the classification.
     :param bounds: smallest and largest ratio rho_g.
@@ -324,37 +322,40 @@ class SoftmaxObjective(EvidenceObjective):
 
     def likelihood_at_map(self, x: Tensor) -> tuple[float, Tensor, float]:
         """Return the data fit at the trained weights; see the base class."""
-        return float(log_likelihood(self.problem.logits, self.problem.labels)), x[self.num_groups :], math.nan
+        return float(log_likelihood(self.problem.logits, self.problem.labels).sum()), x[self.num_groups :], math.nan
 
 
 class QuadraticObjective(SoftmaxObjective):
     r"""Classification with the log-likelihood replaced by its second-order expansion at the trained weights.
 
-    A Gaussian problem with unit noise in the N (C-1) whitened rows, :math:`\hat z = S^\top J\tilde\theta + q`, S q = onehot - p:
+    A Gaussian problem with unit noise in the N (C-1) whitened rows, :math:`\hat z = S^\top J\tilde\theta + q`, S q =
+    onehot - p:
 
     .. math:: M = \log p(y|f) + \tfrac12 \|q\|^2 + \tfrac{N(C-1)}{2} \log 2\pi
         + \log N(\hat z; 0, S^\top K_\Lambda S + I)
 
-    The constant is the one that makes M the evidence of the expansion itself, so that values are comparable with the other
-    variants (completing the square of log p(y|f) + r^T d - d^T B d / 2, d = J (theta - theta_map)).
+    The constant is the one that makes M the evidence of the expansion itself, so that values are comparable with the
+    other variants (completing the square of log p(y|f) + r^T d - d^T B d / 2, d = J (theta - theta_map)).
     Cost: as a Gaussian problem of size N (C-1).
     """
 
     def _whitened_targets(self) -> Tensor:
         """Targets of the whitened Gaussian problem."""
         problem = self.problem
-        self._increments = whitened_residual(problem.logits, problem.labels).reshape(-1)
+        whitened = whitened_targets(problem.logits, problem.labels, problem.offset)
         tangent = (problem.logits - problem.offset).reshape(-1)
-        return apply_factor_transpose(self.factor, tangent) + self._increments
+        self._targets, self._surrogate = whitened.targets.reshape(-1), float(whitened.constant)
+        self._tangent = apply_factor_transpose(self.factor, tangent)
+        return self._targets
 
     def __call__(self, x: Tensor) -> Evaluation:
         """Evaluate the evidence at x."""
         precision, _ = self.split(x)
         found = self.solution(x)
-        likelihood, _, _ = self.likelihood_at_map(x)
-        surrogate = likelihood + 0.5 * float(self._increments.square().sum())
+        # The Gaussian density of the whitened targets has its own 2 pi, which the surrogate's constant offsets.
+        normaliser = 0.5 * self._targets.numel() * math.log(2.0 * math.pi)
         return Evaluation(
-            value=surrogate + self.constant(found) - 0.5 * found.fit,
+            value=self._surrogate - normaliser + self.constant(found) - 0.5 * found.fit,
             pull=found.dimension,
             push=found.quadratic,
             effective_dimension=found.dimension,
@@ -366,19 +367,21 @@ class QuadraticObjective(SoftmaxObjective):
     def mode(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """Return alpha and S^T J (theta_star - theta_map); see the base class."""
         reduced = self.solution(x).make_alpha()
-        # S^T J theta_star = z - alpha because the noise is one; z = S^T J theta_map + q.
-        return apply_factor(self.factor, reduced), self._increments - reduced
+        # S^T J theta_star = z - alpha because the noise is one.
+        return apply_factor(self.factor, reduced), self._targets - reduced - self._tangent
 
 
 class MapObjective(EvidenceObjective):
     r"""The classical Laplace evidence at the trained weights (MacKay 1992), for comparison.
 
-    .. math:: M_{\tilde\theta} = \log p(y | f) - \tfrac12 \|\tilde\theta\|^2_\Lambda - \tfrac12 \log\det(I + \Lambda^{-1} H)
+    .. math:: M_{\tilde\theta} = \log p(y | f) - \tfrac12 \|\tilde\theta\|^2_\Lambda - \tfrac12 \log\det(I +
+    \Lambda^{-1} H)
 
-    Not the marginal likelihood of any GP; its precisions are too small where the trained weights are no stationary point (T1).
+    Not the marginal likelihood of any GP; its precisions are too small where the trained weights are no stationary
+    point (T1).
 
-    :param star: the objective at theta_star of the same problem, whose linear system is used; it must carry `theta_norms`
-        (and `tangent_theta`).
+    :param star: the objective at theta_star of the same problem, whose linear system is used; it must carry
+        `theta_norms` (and `tangent_theta`).
     """
 
     def __init__(self, star: EvidenceObjective) -> None:
@@ -415,8 +418,8 @@ def evidence_objective(
 ) -> EvidenceObjective:
     """Build the objective of a problem.
 
-    :param problem: a :class:`GaussianEvidence` or a :class:`SoftmaxEvidence` (its `variant` selects the curvature; "full"
-        gives the inner problem, curvature frozen at the network, see :func:`~ntkgp.evidence.fit_problem`).
+    :param problem: a :class:`GaussianEvidence` or a :class:`SoftmaxEvidence` (its `variant` selects the curvature;
+        "full" gives the inner problem, curvature frozen at the network, see :func:`~ntkgp.evidence.fit_problem`).
     :param at: "theta_star" (default) or "theta_map" (the classical evidence at the trained weights).
     :param bounds: smallest and largest prior variance of a group relative to the mean square of the targets.
     :raises ValueError: for an unknown `at`, bad bounds, or fields that the objective needs and the problem lacks.

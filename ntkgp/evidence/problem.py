@@ -7,6 +7,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from ntkgp.likelihoods import validate_labels
+
 
 def _check_finite(name: str, value: Tensor, shape: tuple[int, ...]) -> Tensor:
     """Check shape and finiteness of one field and return it in contiguous float64."""
@@ -113,7 +115,7 @@ class NoiseModel:
 
 @dataclass(frozen=True)
 class GaussianEvidence:
-    r"""Regression: :math:`t = J\theta + \varepsilon`, :math:`\theta_g \sim N(0, I/\lambda_g)`, :math:`\varepsilon \sim N(0, D)`.
+    r"""Regression: :math:`t = J\theta + \varepsilon`; :math:`\theta_g \sim N(0, I/\lambda_g)`, noise of variance D.
 
     Rows are input-major, n = N*C. The targets are :math:`t = y - f + J\tilde\theta` (METHODS 1.1).
 
@@ -121,8 +123,8 @@ class GaussianEvidence:
     :param targets: t, shape (n,).
     :param noise: the noise model with n rows.
     :param outputs: C, so that n = N*C.
-    :param tangent_theta: rows :math:`J_g \tilde\theta_g`, shape (G, n); needed by the evidence at the trained weights and by
-        the distance between the trained weights and theta_star.
+    :param tangent_theta: rows :math:`J_g \tilde\theta_g`, shape (G, n); needed by the evidence at the trained weights
+        and by the distance between the trained weights and theta_star.
     :param theta_norms: squared norms :math:`\|\tilde\theta_g\|^2`, shape (G,); as above.
     :param observations: y, shape (n,), only to warn of constant targets.
     :param group_names: names of the groups, length G (default: "group 0", ...).
@@ -225,15 +227,8 @@ class SoftmaxEvidence:
         shape = tuple(self.logits.shape)
         object.__setattr__(self, "logits", _check_finite("logits", self.logits, shape))
         object.__setattr__(self, "offset", _check_finite("offset", self.offset, shape))
-        labels = self.labels
-        if labels.is_floating_point() or labels.is_complex() or tuple(labels.shape) != shape[:1]:
-            raise ValueError(
-                f"labels must be integers of shape ({shape[0]},), got {labels.dtype} {tuple(labels.shape)}"
-            )
-        classes = max(shape[1], 2)
-        if int(labels.min()) < 0 or int(labels.max()) >= classes:
-            raise ValueError(f"labels must lie in 0..{classes - 1}, got {int(labels.min())}..{int(labels.max())}")
-        object.__setattr__(self, "labels", labels.long())
+        labels = validate_labels(self.labels, max(shape[1], 2), torch.Size(shape[:1]))
+        object.__setattr__(self, "labels", labels)
         _check_common(self, num_groups, rows)
 
     @property

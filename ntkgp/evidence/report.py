@@ -17,17 +17,19 @@ class EvidenceReport:
     r"""What an evidence fit found, and how far it can be trusted.
 
     :param log_evidence: the evidence in nats at the reported precisions and noise, all constants included.
-    :param trace: evidence at the start and after each accepted step (for curvature "full": after each re-evaluation of the
-        curvature, where it need not increase).
+    :param trace: evidence at the start and after each accepted step (for curvature "full": after each re-evaluation of
+        the curvature, where it need not increase).
     :param precision: precisions lambda_g, shape (G,).
     :param noise: learned noise variances, shape (S,), empty when none is learned.
     :param effective_dimension: gamma_g, shape (G,).
     :param theta_star_norm: norms of theta_star per group, shape (G,).
     :param theta_shift: distance between theta_star and the trained weights in the posterior metric
-        :math:`\|\theta_\star - \tilde\theta\|_{H+\Lambda}`: half its square is what the classical evidence loses, in nats (for a
+        :math:`\|\theta_\star - \tilde\theta\|_{H+\Lambda}`: half its square is what the classical evidence loses, in
+            nats (for a
         quadratic loss). NaN where the trained weights are not part of the problem.
-    :param residual_noise: mean squared error of the network itself on the training data per noise component, shape (S,) or
-        (1,); None for classification. With `mean="network"` this, not `noise`, is the error of the reported mean.
+    :param residual_noise: mean squared error of the network itself on the training data per noise component, shape
+        (S,) or (1,); None for classification. With `mean="network"` this, not `noise`, is the error of the reported
+        mean.
     :param group_names: names of the groups.
     :param group_sizes: numbers of parameters, empty when unknown.
     :param pruned: names of the groups without effect (gamma_g below 1e-4).

@@ -9,7 +9,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from .problem import NoiseModel
+from ntkgp.evidence.problem import NoiseModel
 
 EIGENVALUE_CUT = 1e-10
 _JITTERS = (0.0, 1e-14, 1e-12, 1e-10, 1e-8, 1e-6)
@@ -51,7 +51,7 @@ class LinearSystem(Protocol):
 
 
 def linear_system(grams: Tensor, targets: Tensor | None, noise: NoiseModel) -> LinearSystem:
-    """Prepare the system: one eigendecomposition where that suffices, a Cholesky factorisation per value otherwise."""
+    """Prepare the system: one eigendecomposition where it suffices, else a Cholesky factorisation per value."""
     if grams.shape[0] == 1 and (noise.is_uniform or noise.num_learned == 0):
         return SpectralSystem(grams[0], targets, noise)
     return DenseSystem(grams, targets, noise)
@@ -68,8 +68,8 @@ def cholesky_with_jitter(matrix: Tensor) -> tuple[Tensor, float]:
         if int(info) == 0 and bool(torch.isfinite(factor.diagonal()).all()):
             return factor, added
     raise ValueError(
-        f"grams: the kernel matrix is not positive definite even with jitter {added:.1e} ({_JITTERS[-1]:.0e} of its mean "
-        "diagonal); Grams must be symmetric positive semi-definite"
+        f"grams: the kernel matrix is not positive definite even with jitter {added:.1e} ({_JITTERS[-1]:.0e} of its "
+        "mean diagonal); Grams must be symmetric positive semi-definite"
     )
 
 
@@ -119,8 +119,8 @@ class DenseSystem:
 class SpectralSystem:
     """One group with noise that is one learned variance, or known: one eigendecomposition, then O(n) per value.
 
-    Known variances D are whitened once: A = D^1/2 (w D^-1/2 K D^-1/2 + I) D^1/2. Eigenvalues below 1e-10 of the largest are
-    set to zero and counted.
+    Known variances D are whitened once: A = D^1/2 (w D^-1/2 K D^-1/2 + I) D^1/2. Eigenvalues below 1e-10 of the
+    largest are set to zero and counted.
     """
 
     def __init__(self, gram: Tensor, targets: Tensor | None, noise: NoiseModel) -> None:

@@ -75,7 +75,9 @@ def _combine(a: Degree, b: Degree, factor: int = 1) -> Degree:
 def _power(a: Degree, exponent: float | Fraction) -> Degree:
     """Degree of a power."""
     exponent = Fraction(exponent).limit_denominator(1 << 20)
-    return a if isinstance(a, _Special) else {key: exponent * value for key, value in a.items() if exponent}
+    if exponent == 0:
+        return {}
+    return a if isinstance(a, _Special) else {key: exponent * value for key, value in a.items()}
 
 
 class _Propagation:
@@ -163,7 +165,7 @@ class _Propagation:
         """Degree of a tensor or a number."""
         if isinstance(item, Ref):
             return self.degrees[item.index]
-        return FREE if item == 0 or math.isinf(item) else {}
+        return FREE if item in (0, math.inf, -math.inf) else {}
 
     def constant(self, item: Any) -> float | None:
         """A number, or a tensor that holds one."""
@@ -185,7 +187,7 @@ class _Propagation:
         """Demand that all degrees agree, and return the simplest form of it."""
         plain = [degree for degree in degrees if isinstance(degree, dict)]
         if not plain:
-            return FREE
+            return UNWRITTEN if all(degree is UNWRITTEN for degree in degrees) else FREE
         first = min(plain, key=lambda degree: (sum(key >= 0 for key in degree), len(degree)))
         for other in plain:
             difference = _combine(other, first, -1)
@@ -222,7 +224,7 @@ class _Propagation:
             return rule(node)
         if name in names.PRODUCTS:
             return self._product([arguments[key] for key in names.PRODUCTS[name]], node)
-        if name in names.EQUALS:
+        if name in names.EQUALS and arguments.get("reduce") is None:
             items: list[Any] = []
             for key in names.EQUALS[name]:
                 item = arguments.get(key)
@@ -254,7 +256,7 @@ class _Propagation:
             return self.equal([degree, self.degree(bias)])
         self.relations.biases.add(parameter)
         self.relations.ties += [(parameter, weight) for weight in weights]
-        pattern = torch.arange(math.prod(shape)).reshape(tuple(shape))
+        pattern = torch.arange(math.prod(shape), device="cpu").reshape(tuple(shape))
         if self._is_subtracted(output, pattern.expand(self.trace.values[output].shape).contiguous()):
             return degree
         return self.equal([degree, self.degree(bias)])
@@ -293,6 +295,9 @@ class _Propagation:
     def _rule_keep(self, node: Node) -> Degree:
         first, *others = node.inputs()
         self.none(others)
+        if node.name not in names.KEEPS_GIVEN and any(self.trace.values[ref.index].is_floating for ref in others):
+            self.none([first])
+            return {}
         return self.degree(first)
 
     def _rule_convolution(self, node: Node) -> Degree:
@@ -380,7 +385,8 @@ class _Propagation:
     def _rule_clamp(self, node: Node) -> Degree:
         value, bounds = node.arguments["self"], [node.arguments.get("min"), node.arguments.get("max")]
         low = self.constant(bounds[0]) if bounds[0] is not None else None
-        if low is not None and 0 < low <= SMALL and value.index in self.nonnegative:
+        is_small = low is not None and 0 < low <= SMALL
+        if is_small and value.index in self.nonnegative and self._divides(node.outputs[0]):
             bounds[0] = None
         return self.equal([self.degree(value), *(self.degree(bound) for bound in bounds if bound is not None)])
 

@@ -17,7 +17,7 @@ from ntkgp.linearization.degrees import Exponents, Relations, UntraceableError, 
 from ntkgp.linearization.tracing import trace
 
 _EPS = 1e-30
-_SEARCH_LIMIT = 100_000
+_SEARCH_LIMIT = 5_000
 
 
 @dataclass(frozen=True)
@@ -75,13 +75,13 @@ def _disjoint_sets(relations: Relations, usable: set[int]) -> list[frozenset[int
     tied: list[Exponents] = [{bias: Fraction(1), weight: Fraction(-1)} for bias, weight in relations.ties]
     found: list[frozenset[int]] = []
     for rows in (relations.rows + tied, relations.rows):
+        allowed = _without_forced_zeros(rows, usable)
         for seed in sorted(usable - relations.biases, key=order):
-            allowed = _without_forced_zeros(rows, usable)
-            if seed in allowed:
-                members = _solve(rows, seed, allowed, order)
-                if members is not None:
-                    found.append(members)
-                    usable = usable - members
+            members = _solve(rows, seed, allowed, order) if seed in allowed else None
+            if members is not None:
+                found.append(members)
+                usable = usable - members
+                allowed = _without_forced_zeros(rows, usable)
     return found
 
 
@@ -110,7 +110,7 @@ def _solve(
         if not stack:
             return None
         members = stack.pop()
-        row, excess = next(((row, s) for row in relevant if (s := sum(row.get(i, 0) for i in members))), (None, 0))
+        row, excess = next(((row, s) for row in relevant if (s := sum(c for i, c in row.items() if i in members))), (None, 0))
         if row is None:
             return members
         repairs = [i for i in row if i in allowed and i not in members and row[i] * excess < 0]

@@ -59,8 +59,8 @@ class _Scaled:
                     self.parameters[name].copy_(value)
 
     def at(self, names: Sequence[str], factor: float) -> Tensor:
-        with self.scaled(names, factor), torch.no_grad():
-            return self.output()
+        with self.scaled(names, factor):
+            return self.output().detach()
 
     def euler(self, members: Sequence[str]) -> Tensor:
         """J_g θ_g, by a central difference in log scale: no derivative transform is asked of the module."""

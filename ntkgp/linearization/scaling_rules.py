@@ -33,6 +33,8 @@ KEEPS = SHAPES | _names(
     "grid_sampler_2d grid_sampler_3d reflection_pad1d reflection_pad2d reflection_pad3d replication_pad1d "
     "replication_pad2d replication_pad3d native_dropout std _fft_r2c _fft_c2r _fft_c2c"
 )
+# Those of them that read a second floating-point tensor.
+KEEPS_GIVEN = _names("_prelu_kernel grid_sampler_2d grid_sampler_3d")
 PRODUCTS = {
     "mm": ("self", "mat2"), "bmm": ("self", "mat2"), "mv": ("self", "vec"), "dot": ("self", "tensor"),
     "vdot": ("self", "other"), "matmul": ("self", "other"), "linalg_cross": ("self", "other"),
@@ -52,8 +54,7 @@ EQUALS = {
     "_unsafe_index_put": ("self", "values"), "index_add": ("self", "source"), "index_copy": ("self", "source"),
     "index_fill": ("self", "value"), "masked_fill": ("self", "value"), "masked_scatter": ("self", "source"),
     "slice_scatter": ("self", "src"), "select_scatter": ("self", "src"), "diagonal_scatter": ("self", "src"),
-    "as_strided_scatter": ("self", "src"), "constant_pad_nd": ("self", "value"), "_cdist_forward": ("x1", "x2"),
-    "partial_write": ("tensors",),
+    "as_strided_scatter": ("self", "src"), "constant_pad_nd": ("self", "value"), "partial_write": ("tensors",),
 }  # fmt: skip
 POWERS = {
     "square": Fraction(2), "sqrt": Fraction(1, 2), "rsqrt": Fraction(-1, 2), "reciprocal": Fraction(-1), "var": Fraction(2)

@@ -214,7 +214,8 @@ def _overlap(written: Tensor, other: Tensor) -> str:
     """How much of ``other`` lies in the memory of ``written``: "none", "some" or "all"."""
     if written.layout != torch.strided or other.layout != torch.strided or written.dtype != other.dtype:
         return "some"
-    touched = torch.zeros(written.untyped_storage().nbytes() // written.element_size(), dtype=torch.bool)
+    size = written.untyped_storage().nbytes() // written.element_size()
+    touched = torch.zeros(size, dtype=torch.bool, device="cpu")
     touched.as_strided(written.shape, written.stride(), written.storage_offset()).fill_(True)
     touched = touched.as_strided(other.shape, other.stride(), other.storage_offset())
     return "all" if bool(touched.all()) else "some" if bool(touched.any()) else "none"

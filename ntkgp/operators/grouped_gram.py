@@ -18,8 +18,8 @@ class GroupedGramOperator(LinearOperator):
 
     .. math:: K = \sum_{g=1}^G v_g K_g, \qquad \frac{\partial\, l^\top K r}{\partial v_g} = l^\top K_g r,
 
-    the prior covariance of the tangent model with :math:`v_g = 1/\lambda_g` (Antorán et al. 2022, eq. 7, in function
-    space). The Grams do not depend on the hyper-parameters and are shared by every operator made from them; the sum is
+    the prior covariance of the tangent model with :math:`v_g = 1/\lambda_g` (Antorán et al. 2022, in function space).
+    The Grams do not depend on the hyper-parameters and are shared by every operator made from them; the sum is
     formed once per operator.
 
     :param grams: ``(*batch, G, n, m)``, usually float64 from ``LinearizedNetwork.grams``; may require gradients.
@@ -30,6 +30,7 @@ class GroupedGramOperator(LinearOperator):
     O(n·m·(G + k)) for k vectors.
 
     Example:
+        >>> import torch, ntkgp
         >>> lin = ntkgp.LinearizedNetwork(torch.nn.Linear(3, 2), torch.randn(2, 3), groups="tensor")
         >>> x = torch.randn(5, 3)
         >>> K = GroupedGramOperator(lin.grams(x), torch.tensor([0.5, 2.0]))
@@ -130,13 +131,15 @@ class GroupedGramOperator(LinearOperator):
         return (self.variance.unsqueeze(-1) * diagonals).sum(-2).to(self.dtype)
 
     def _get_indices(self, row_index: IndexType, col_index: IndexType, *batch_indices: IndexType) -> Tensor:
-        entries = self.grams.movedim(-3, -1)[(*batch_indices, row_index, col_index)]  # shape: (..., G)
+        index = (*batch_indices, row_index, col_index)
+        entries = self.grams.movedim(-3, -1)[index]  # shape: (..., G)
         variance = self.variance[batch_indices] if batch_indices else self.variance
         return (variance * entries).sum(-1).to(self.dtype)
 
     def _getitem(self, row_index: IndexType, col_index: IndexType, *batch_indices: IndexType) -> LinearOperator:
         variance = self.variance[batch_indices] if batch_indices else self.variance
-        return self.__class__(self.grams[(*batch_indices, slice(None), row_index, col_index)], variance)
+        index = (*batch_indices, slice(None), row_index, col_index)
+        return self.__class__(self.grams[index], variance)
 
     def _mul_matrix(self, other: Tensor | LinearOperator) -> LinearOperator:
         # linear_operator's elementwise product works on low-rank roots; the sum is dense anyway, so it is exact here.

@@ -27,8 +27,9 @@ class NetworkHandle:
     :param max_memory: budget of what a product holds besides its operands and result.
     :raises ValueError: a budget that is not a positive number of bytes or a string like ``"2GiB"``.
 
+    >>> import copy, torch, ntkgp
     >>> lin = ntkgp.LinearizedNetwork(torch.nn.Linear(3, 2), torch.randn(2, 3))
-    >>> handle = NetworkHandle(lin)
+    >>> handle = ntkgp.operators.NetworkHandle(lin)
     >>> copy.deepcopy(handle).lin is lin
     True
     """

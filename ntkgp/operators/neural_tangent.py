@@ -29,8 +29,8 @@ class NeuralTangentOperator(LinearOperator):
 
     Rows are input-major: the C outputs of one input are adjacent. A product pulls back with :math:`J_2^\top`, scales,
     and pushes forward with :math:`J_1`. Gradients with respect to inputs come from differentiating
-    :math:`x \mapsto \langle l, J(x) v \rangle` with the other factor held fixed, in chunks of rows.
-    Pearlmutter 1994 for the products; Novak et al. 2022, *Fast finite width neural tangent kernel*, §3.3.
+    :math:`x \mapsto \langle l, J(x) v \rangle` with the other factor held fixed, in chunks of rows. Pearlmutter 1994,
+    *Fast exact multiplication by the Hessian*, for products with a Jacobian that is not formed.
 
     :param x1: packed inputs ``(*batch, N1, D)``.
     :param x2: packed inputs ``(*batch, N2, D)``.
@@ -43,6 +43,7 @@ class NeuralTangentOperator(LinearOperator):
     Gram blocks, O(N1·N2·C²·P) flops.
 
     Example:
+        >>> import torch, ntkgp
         >>> lin = ntkgp.LinearizedNetwork(torch.nn.Linear(3, 2), torch.randn(2, 3), groups="tensor")
         >>> x1, x2 = torch.randn(5, 3), torch.randn(4, 3)
         >>> K = NeuralTangentOperator(x1, x2, torch.tensor([0.5, 2.0]), NetworkHandle(lin))
@@ -243,9 +244,8 @@ class NeuralTangentOperator(LinearOperator):
         if rows is None or cols is None or not simple:
             return super()._getitem(row_index, col_index, *batch_indices)
         variance = self.variance[batch_indices] if batch_indices else self.variance
-        return self.__class__(
-            self.x1[(*batch_indices, rows)], self.x2[(*batch_indices, cols)], variance, handle=self.handle
-        )
+        of_rows, of_cols = (*batch_indices, rows), (*batch_indices, cols)
+        return self.__class__(self.x1[of_rows], self.x2[of_cols], variance, handle=self.handle)
 
     def to_dense(self) -> Tensor:  # shape: (*batch, N1·C, N2·C)
         """

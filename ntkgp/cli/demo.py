@@ -1,0 +1,208 @@
+"""``ntkgp demo``: three trained networks become Gaussian processes; a table and a figure."""
+
+from __future__ import annotations
+
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from ntkgp.cli.comparison import (
+    METHODS,
+    ClassificationResult,
+    RegressionResult,
+    Row,
+    classification_row,
+    format_rows,
+    gaussian_model,
+    latent_moments,
+    regression_row,
+)
+from ntkgp.evaluation import datasets, plots
+from ntkgp.evaluation.training import seeded, train
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """How much work the demo does."""
+
+    train_images: int
+    test_images: int
+    corrupted_images: int
+    steps: int
+
+
+FULL = Sizes(train_images=200, test_images=600, corrupted_images=150, steps=600)
+QUICK = Sizes(train_images=60, test_images=100, corrupted_images=25, steps=150)
+
+
+@dataclass(frozen=True)
+class Bands:
+    """Posterior of one method on the toy: points, mean, latent variance and noise variance."""
+
+    x: Tensor
+    mean: Tensor
+    variance: Tensor
+    noise: float
+
+
+def regression_network(seed: int) -> nn.Module:
+    """MLP 10-32-32-1 with LayerNorm after each hidden layer."""
+    with seeded(seed):
+        return nn.Sequential(
+            nn.Linear(10, 32),
+            nn.LayerNorm(32),
+            nn.Tanh(),
+            nn.Linear(32, 32),
+            nn.LayerNorm(32),
+            nn.Tanh(),
+            nn.Linear(32, 1),
+        )
+
+
+def digits_network(seed: int) -> nn.Module:
+    """Three convolutions with BatchNorm on 8 × 8 images, average pooling, a dense layer to ten classes."""
+    with seeded(seed):
+        return nn.Sequential(
+            nn.Conv2d(1, 12, 3, padding=1, bias=False),
+            nn.BatchNorm2d(12),
+            nn.ReLU(),
+            nn.Conv2d(12, 16, 3, padding=1, stride=2, bias=False),
+            nn.BatchNorm2d(16),
+            nn.ReLU(),
+            nn.Conv2d(16, 20, 3, padding=1, stride=2, bias=False),
+            nn.BatchNorm2d(20),
+            nn.ReLU(),
+            nn.Flatten(),
+            nn.Linear(80, 10),
+        )
+
+
+def toy_network(seed: int) -> nn.Module:
+    """MLP 1-50-50-1 with BatchNorm before each ReLU."""
+    with seeded(seed):
+        return nn.Sequential(
+            nn.Linear(1, 50),
+            nn.BatchNorm1d(50),
+            nn.ReLU(),
+            nn.Linear(50, 50),
+            nn.BatchNorm1d(50),
+            nn.ReLU(),
+            nn.Linear(50, 1),
+        )
+
+
+def run_demo(out: Path, seed: int = 0, quick: bool = False) -> list[Row]:
+    """
+    Run the demo, print its table, and write ``table.txt`` and ``demo.png`` into a folder.
+
+    :param out: folder for the results; made if absent.
+    :param seed: of the splits, the networks and their training.
+    :param quick: a tenth of the work, for a first look.
+    :return: the rows of the table.
+    """
+    sizes = QUICK if quick else FULL
+    start = time.perf_counter()
+    out.mkdir(parents=True, exist_ok=True)
+    toy_data, bands = toy(seed, sizes)
+    diabetes = regression(seed, sizes)
+    digits_data, digits = classification(seed, sizes)
+    rows = [*(result.row for result in diabetes[1]), *(result.row for result in digits)]
+    table = format_rows(rows)
+    (out / "table.txt").write_text(table + "\n", encoding="utf-8")
+    print(f"\n{table}\n")
+    try:
+        figure = draw(toy_data, bands, diabetes, digits_data, digits)
+    except ImportError as error:
+        print(f"no figure: {error}")
+    else:
+        figure.savefig(out / "demo.png")
+        print(f"figure  {out / 'demo.png'}")
+    print(f"table   {out / 'table.txt'}\n{time.perf_counter() - start:.0f} s in all")
+    return rows
+
+
+def toy(seed: int, sizes: Sizes) -> tuple[tuple[Tensor, Tensor], dict[str, Bands]]:
+    """Bands on the one-dimensional toy for the classical shortcut and for groups at θ⋆."""
+    x, y = datasets.toy_gap(60, seed=seed)
+    net = toy_network(seed)
+    train(net, x, y, steps=2 * sizes.steps, weight_decay=1e-3, seed=seed)
+    grid = torch.linspace(-4.5, 4.5, 361).unsqueeze(-1)
+    bands = {}
+    for method in (METHODS[1], METHODS[3]):
+        _say(f"toy with a gap: {method.name}")
+        model, _ = gaussian_model(net, x, y, method)
+        mean, variance = latent_moments(model, grid)
+        bands[method.name] = Bands(grid, mean, variance, float(model.likelihood.noise.detach()))
+    return (x, y), bands
+
+
+def regression(seed: int, sizes: Sizes) -> tuple[datasets.RegressionData, list[RegressionResult]]:
+    """All four methods on diabetes."""
+    data = datasets.diabetes(seed)
+    net = regression_network(seed)
+    train(net, data.x_train, data.y_train, steps=sizes.steps, weight_decay=1e-2, seed=seed)
+    results = []
+    for method in METHODS:
+        _say(f"diabetes: {method.name}")
+        results.append(regression_row(net, data, method, seed))
+    return data, results
+
+
+def classification(seed: int, sizes: Sizes) -> tuple[datasets.ClassificationData, list[ClassificationResult]]:
+    """All four methods on digits."""
+    data = datasets.digits(seed, sizes.train_images)
+    test = slice(sizes.test_images)
+    data = datasets.ClassificationData(
+        data.name, data.x_train, data.labels_train, data.x_test[test], data.labels_test[test], data.num_classes
+    )
+    net = digits_network(seed)
+    batch_size = min(50, len(data.x_train))
+    train(net, data.x_train, data.labels_train, steps=sizes.steps, weight_decay=1e-2, batch_size=batch_size, seed=seed)
+    results = []
+    for method in METHODS:
+        _say(f"digits: {method.name}")
+        results.append(classification_row(net, data, method, sizes.corrupted_images, seed))
+    return data, results
+
+
+def draw(
+    toy_data: tuple[Tensor, Tensor],
+    bands: dict[str, Bands],
+    diabetes: tuple[datasets.RegressionData, list[RegressionResult]],
+    digits_data: datasets.ClassificationData,
+    digits: list[ClassificationResult],
+) -> plots.Figure:
+    """Four panels: bands on the toy, coverage on diabetes, reliability and evidence on digits."""
+    figure, axes = plots.new_figure(2, 2)
+    for index, (name, band) in enumerate(bands.items()):
+        last = index == len(bands) - 1
+        plots.predictive_bands(
+            band.x,
+            band.mean,
+            band.variance,
+            data=toy_data if last else None,
+            truth=datasets.toy_gap_function(band.x) if last else None,
+            label=f"{name}, ± 2 sd",
+            color=plots.COLORS[0 if last else 1],
+            ax=axes[0],
+        )
+    axes[0].set_title("1-50-50-1 BatchNorm network, data with a gap", loc="left")
+    data, results = diabetes
+    target = data.y_test.double() * data.target_std + data.target_mean
+    plots.coverage_curve({r.row.method: (r.mean, r.variance) for r in results}, target, ax=axes[1])
+    axes[1].set_title("diabetes: coverage of test intervals", loc="left")
+    plots.reliability_diagram({r.row.method: r.probabilities for r in digits}, digits_data.labels_test, ax=axes[2])
+    axes[2].set_title("digits: reliability on test images", loc="left")
+    traces = {r.row.method: r.report.trace for r in digits if r.report is not None and r.report.at == "theta_star"}
+    plots.evidence_trace(traces, ax=axes[3])
+    axes[3].set_title("digits: evidence", loc="left")
+    return figure
+
+
+def _say(text: str) -> None:
+    """Progress, on the error stream so that the table can be piped."""
+    print(text, file=sys.stderr, flush=True)

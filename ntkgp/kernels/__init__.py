@@ -1,0 +1,7 @@
+"""GPyTorch kernels of the tangent model and their sums and products with ordinary kernels."""
+
+from ntkgp.kernels.composition import SharedKernel
+from ntkgp.kernels.neural_tangent import NeuralTangentKernel
+from ntkgp.kernels.priors import FlatLogPrior
+
+__all__ = ["FlatLogPrior", "NeuralTangentKernel", "SharedKernel"]

@@ -1,0 +1,157 @@
+"""From a trained network and its data to a fitted Gaussian process, in one call."""
+
+from __future__ import annotations
+
+import logging
+import math
+import os
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
+
+import torch
+from gpytorch.constraints import GreaterThan
+from gpytorch.likelihoods import GaussianLikelihood, Likelihood, MultitaskGaussianLikelihood
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, Dataset, IterableDataset
+
+from ntkgp.evidence import fit_evidence
+from ntkgp.likelihoods import BernoulliLikelihood, CategoricalLikelihood
+from ntkgp.linearization import LinearizedNetwork, ParameterGroups
+from ntkgp.linearization.memory import format_memory, parse_memory
+from ntkgp.linearization.packing import tree_flatten, tree_unflatten
+from ntkgp.models.exact import ExactNTKGP
+
+logger = logging.getLogger("ntkgp")
+
+_BATCH = 256
+
+
+def from_network(
+    net: nn.Module,
+    train_data: Any,
+    likelihood: str | Likelihood = "regression",
+    inference: str = "auto",
+    *,
+    groups: str | ParameterGroups = "normalization",
+    mean: str = "network",
+    fit: bool = True,
+    output: Callable[[Any], Tensor] | None = None,
+    max_memory: str | int | float | None = None,
+    **fit_options: Any,
+) -> ExactNTKGP:
+    """Linearise a trained network, build its Gaussian process and fit the evidence.
+
+    :param net: the trained network.
+    :param train_data: ``(x, y)`` with x as the network takes it, or a ``Dataset`` or ``DataLoader`` of ``(x, y)`` pairs or of
+        dicts with ``"labels"``. Targets are (N, C), (N, *output shape) or class labels (N,).
+    :param likelihood: ``"regression"`` (Gaussian noise, one per output of a vector), ``"classification"`` (softmax, or
+        logistic for one output), or a likelihood.
+    :param inference: ``"auto"`` or ``"exact"``.
+    :param groups: parameter groups, see :class:`~ntkgp.LinearizedNetwork`.
+    :param mean: ``"network"`` or ``"posterior"``, see :class:`~ntkgp.ExactNTKGP`.
+    :param fit: fit precisions and noise by the evidence; the report is ``model.report``.
+    :param output: picks the output tensor from what the network returns.
+    :param max_memory: budget for the Grams and their factorisation; half of the machine's memory by default.
+    :param fit_options: passed to :func:`~ntkgp.fit_evidence` (``method``, ``at``, ``progress``, …).
+    :return: the model, in eval mode.
+    :raises ValueError: data too large for exact inference (the message says how large N·C may be and what this one would
+        need), other inference, or data that the model refuses.
+
+    Cost: see :class:`~ntkgp.ExactNTKGP` and :func:`~ntkgp.fit_evidence`.
+
+    >>> x = torch.linspace(-1, 1, 30).unsqueeze(-1)
+    >>> net = torch.nn.Sequential(torch.nn.Linear(1, 16), torch.nn.Tanh(), torch.nn.Linear(16, 1))
+    >>> model = from_network(net, (x, torch.sin(3 * x)), likelihood="regression")
+    >>> model.likelihood(model(torch.zeros(2, 1))).variance.shape, model.report.converged
+    (torch.Size([2]), True)
+    """
+    if inference not in ("auto", "exact"):
+        raise ValueError(f"inference: expected 'auto' or 'exact', got {inference!r}")
+    x, y = collect(train_data)
+    lin = LinearizedNetwork(net, x, groups=groups, output=output)
+    budget = _machine_memory() // 2 if max_memory is None else parse_memory(max_memory)
+    rows = len(lin.pack(x)) * lin.num_outputs
+    _check_size(rows, len(lin.groups), budget)
+    logger.info("exact inference: N·C = %d, P = %d, %d group(s)", rows, lin.num_parameters, len(lin.groups))
+    model = ExactNTKGP(x, y, _likelihood(likelihood, lin, y), lin, mean, max_memory=budget)
+    model.eval()
+    model.report = fit_evidence(model, **fit_options) if fit else None
+    return model
+
+
+def _matrices(num_groups: int) -> int:
+    """N·C × N·C matrices held while fitting: Grams, their projections, a factor, an inverse and workspace."""
+    return 2 * num_groups + 4
+
+
+def _check_size(rows: int, num_groups: int, budget: int) -> None:
+    needed = 8 * _matrices(num_groups) * rows**2
+    if needed > budget:
+        largest = math.isqrt(budget // (8 * _matrices(num_groups)))
+        raise ValueError(
+            f"train_data: exact inference with N·C = {rows} rows and {num_groups} group(s) needs {format_memory(needed)}; "
+            f"the budget of {format_memory(budget)} allows N·C up to {largest}. Use fewer data, fewer groups "
+            "(groups='single'), or a larger max_memory"
+        )
+
+
+def _machine_memory() -> int:
+    """Bytes of physical memory; 8 GiB where the system does not say."""
+    try:
+        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    except (AttributeError, ValueError, OSError):
+        return 8 * 2**30
+
+
+def _likelihood(likelihood: str | Likelihood, lin: LinearizedNetwork, y: Tensor) -> Likelihood:
+    if isinstance(likelihood, Likelihood):
+        return likelihood
+    c = lin.num_outputs
+    if likelihood == "classification":
+        return BernoulliLikelihood() if c == 1 else CategoricalLikelihood(num_classes=c)
+    if likelihood != "regression":
+        raise ValueError(f"likelihood: expected 'regression', 'classification' or a Likelihood, got {likelihood!r}")
+    square = float(y.to(torch.float64).square().mean()) if isinstance(y, Tensor) and y.numel() else 1.0
+    # GPyTorch's floor of 1e-4 is meant for standardised targets; this one follows their units.
+    floor = GreaterThan(1e-8 * square if math.isfinite(square) and square > 0 else 1e-8)
+    if c > 1 and len(lin.output_shape) == 1:
+        return MultitaskGaussianLikelihood(num_tasks=c, has_global_noise=False, noise_constraint=floor)
+    return GaussianLikelihood(noise_constraint=floor)
+
+
+def collect(train_data: Any) -> tuple[Any, Tensor]:
+    """All rows of ``(x, y)``, a Dataset or a DataLoader; the global random state is left as it was."""
+    if isinstance(train_data, Dataset) and not isinstance(train_data, DataLoader):
+        if not isinstance(train_data, IterableDataset) and len(train_data) == 0:  # type: ignore[arg-type]
+            raise ValueError("train_data has N = 0 rows; expected at least one")
+        train_data = DataLoader(train_data, batch_size=_BATCH)
+    if isinstance(train_data, DataLoader):
+        with torch.random.fork_rng(devices=[]):
+            return _concatenate(_pair(batch) for batch in train_data)
+    if isinstance(train_data, tuple | list) and len(train_data) == 2:
+        return train_data[0], train_data[1]
+    raise TypeError(f"train_data: expected (x, y), a Dataset or a DataLoader, got {type(train_data).__name__}")
+
+
+def _pair(batch: Any) -> tuple[Any, Tensor]:
+    if isinstance(batch, Mapping) and "labels" in batch:
+        return {key: value for key, value in batch.items() if key != "labels"}, batch["labels"]
+    if isinstance(batch, tuple | list) and len(batch) == 2:
+        return batch[0], batch[1]
+    raise TypeError(
+        f"train_data: expected batches of (x, y) or dicts with 'labels', got {type(batch).__name__}"
+        + (f" of length {len(batch)}" if isinstance(batch, tuple | list) else "")
+    )
+
+
+def _concatenate(batches: Iterable[tuple[Any, Tensor]]) -> tuple[Any, Tensor]:
+    parts: list[list[Tensor]] = []
+    targets: list[Tensor] = []
+    structure: Any = None
+    for x, y in batches:
+        leaves, structure = tree_flatten(x)
+        parts.append(leaves)
+        targets.append(y)
+    if not targets:
+        raise ValueError("train_data has no batches; expected at least one row")
+    return tree_unflatten([torch.cat(columns) for columns in zip(*parts, strict=True)], structure), torch.cat(targets)

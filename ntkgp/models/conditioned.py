@@ -1,0 +1,135 @@
+"""A posterior conditioned on further observations."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+from gpytorch.distributions import MultitaskMultivariateNormal, MultivariateNormal
+from gpytorch.likelihoods import FixedNoiseGaussianLikelihood
+from gpytorch.models import GP
+from torch import Tensor
+
+from ntkgp.evidence.system import cholesky_with_jitter
+
+if TYPE_CHECKING:
+    from ntkgp.models.exact import ExactNTKGP
+
+
+class ConditionedNTKGP(GP):
+    r"""The posterior of a model, conditioned on q new observations that the network was not trained on.
+
+    With the base posterior :math:`N(\mu, V)` at the new inputs and the test inputs together,
+
+    .. math:: \mu_\star + V_{\star q}(V_{qq}+\sigma^2 I)^{-1}(y_q - \mu_q), \qquad
+        V_{\star\star} - V_{\star q}(V_{qq}+\sigma^2 I)^{-1}V_{q\star},
+
+    which is the same as conditioning on all data at once (law B10) and, with ``mean="network"``, moves the network's
+    prediction by what the new data say.
+
+    :param base: an :class:`~ntkgp.ExactNTKGP` with a Gaussian likelihood, or another conditioned model.
+    :param inputs: packed, shape (*batch, q, D).
+    :param targets: shape (*batch, q) for one output, else (*batch, q, C); its batch shape may extend the inputs'.
+    :param noise: variances of the new observations, shape of `targets`; needed when the likelihood has fixed noise.
+    :raises ValueError: a classification model, other shapes, NaN targets.
+
+    Cost of a prediction at T inputs: that of the base at q + T inputs, and O((qC)²(q+T)C) per batch element.
+    """
+
+    def __init__(
+        self, base: ExactNTKGP | ConditionedNTKGP, inputs: Tensor, targets: Tensor, noise: Tensor | None = None
+    ) -> None:
+        super().__init__()
+        if base.is_classification:
+            raise ValueError("conditioning on new observations needs a Gaussian likelihood; this is a classification model")
+        c = base.num_outputs
+        event = inputs.shape[-2:-1] if c == 1 else torch.Size((inputs.shape[-2], c))
+        if targets.shape[-len(event) :] != event:
+            raise ValueError(f"targets: expected shape (*batch, {', '.join(map(str, event))}), got {tuple(targets.shape)}")
+        if not torch.isfinite(targets).all():
+            raise ValueError("targets hold NaN or infinite values")
+        batch = torch.broadcast_shapes(inputs.shape[:-2], targets.shape[: -len(event)])
+        self.base, self.likelihood = base, base.likelihood
+        self.inputs = inputs
+        self.targets = targets.to(torch.float64).expand(*batch, *event)
+        self._noise = None if noise is None else noise.to(torch.float64).expand(*batch, *event)
+        fixed = isinstance(self.likelihood, FixedNoiseGaussianLikelihood) or getattr(self.likelihood, "_fixed", False)
+        if fixed and noise is None:
+            raise ValueError("noise: the likelihood has fixed noise; pass the variances of the new observations")
+        self.eval()
+
+    @property
+    def lin(self) -> Any:
+        """The linearised network of the base model."""
+        return self.base.lin
+
+    @property
+    def num_outputs(self) -> int:
+        """C."""
+        return self.base.num_outputs
+
+    @property
+    def is_classification(self) -> bool:
+        """Always False."""
+        return False
+
+    @property
+    def batch_shape(self) -> torch.Size:
+        """Batch shape of the new observations."""
+        return self.targets.shape[:-1] if self.num_outputs == 1 else self.targets.shape[:-2]
+
+    def _inputs(self, x: Any) -> Tensor:
+        return self.base._inputs(x)
+
+    def _noise_diagonal(self) -> Tensor:
+        """Variances of the new observations, shape of the targets."""
+        if self._noise is not None:
+            return self._noise
+        zero = torch.zeros(self.targets.shape[-1 if self.num_outputs == 1 else -2 :], dtype=torch.float64)
+        covariance = self.likelihood._shaped_noise_covar(zero.shape)
+        return covariance.diagonal(dim1=-1, dim2=-2).reshape(zero.shape).to(self.targets).expand_as(self.targets)
+
+    def __call__(self, x: Any) -> MultivariateNormal:
+        """Latent posterior at inputs (*batch, T, D)."""
+        x = self._inputs(x)
+        batch = torch.broadcast_shapes(x.shape[:-2], self.inputs.shape[:-2])
+        new = self.inputs.expand(*batch, *self.inputs.shape[-2:])
+        joint = self.base(torch.cat([new, x.expand(*batch, *x.shape[-2:])], dim=-2))
+        c, q = self.num_outputs, self.inputs.shape[-2] * self.num_outputs
+        mean = joint.mean.reshape(*joint.mean.shape[: -1 if c == 1 else -2], -1)
+        covariance = joint.covariance_matrix
+        observed = covariance[..., :q, :q] + torch.diag_embed(
+            self._noise_diagonal().reshape(*self.batch_shape, q).expand(*self._common(batch), q)
+        )
+        gain = _solve(observed, covariance[..., :q, q:].expand(*self._common(batch), q, -1))
+        shift = (self.targets.reshape(*self.batch_shape, q) - mean[..., :q]).unsqueeze(-1)
+        posterior_mean = mean[..., q:] + (gain.mT @ shift).squeeze(-1)
+        posterior_covariance = covariance[..., q:, q:] - covariance[..., q:, :q] @ gain
+        posterior_covariance = 0.5 * (posterior_covariance + posterior_covariance.mT)
+        if c == 1:
+            return MultivariateNormal(posterior_mean, posterior_covariance)
+        return MultitaskMultivariateNormal(posterior_mean.reshape(*posterior_mean.shape[:-1], -1, c), posterior_covariance)
+
+    def _common(self, batch: torch.Size) -> torch.Size:
+        return torch.broadcast_shapes(batch, self.batch_shape)
+
+    def get_fantasy_model(self, inputs: Any, targets: Tensor, **kwargs: Any) -> ConditionedNTKGP:
+        """Condition on more observations."""
+        return ConditionedNTKGP(self, self._inputs(inputs), targets, **kwargs)
+
+    def condition_on_observations(self, X: Any, Y: Tensor, **kwargs: Any) -> ConditionedNTKGP:  # noqa: N803
+        """BoTorch's name and target shape (*batch, q, m) for :meth:`get_fantasy_model`."""
+        return self.get_fantasy_model(X, Y.squeeze(-1) if self.num_outputs == 1 else Y, **kwargs)
+
+    def posterior(self, X: Any, output_indices: Any = None, observation_noise: Any = False, **kwargs: Any) -> Any:  # noqa: N803
+        """BoTorch posterior at X; see :func:`ntkgp.botorch.posterior`."""
+        from ntkgp.botorch import posterior
+
+        return posterior(self, X, output_indices, observation_noise, **kwargs)
+
+
+def _solve(matrix: Tensor, rhs: Tensor) -> Tensor:
+    """Cholesky solve of a batch of symmetric positive definite matrices."""
+    if matrix.ndim == 2 and not matrix.requires_grad:
+        return torch.cholesky_solve(rhs, cholesky_with_jitter(matrix.clone())[0])
+    return torch.cholesky_solve(rhs, torch.linalg.cholesky(matrix))

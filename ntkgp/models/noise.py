@@ -1,0 +1,139 @@
+"""Between a likelihood's noise parameters and the evidence's noise model."""
+
+from __future__ import annotations
+
+import gpytorch
+import torch
+from gpytorch.likelihoods import (
+    FixedNoiseGaussianLikelihood,
+    GaussianLikelihood,
+    Likelihood,
+    MultitaskGaussianLikelihood,
+)
+from torch import Tensor
+
+from ntkgp.evidence.problem import NoiseModel
+from ntkgp.likelihoods import BernoulliLikelihood, CategoricalLikelihood, MultioutputGaussianLikelihood
+
+
+def is_classification(likelihood: Likelihood) -> bool:
+    """Whether the likelihood is one of the library's discrete ones."""
+    return isinstance(likelihood, CategoricalLikelihood | BernoulliLikelihood)
+
+
+def prepare_likelihood(likelihood: Likelihood, num_outputs: int) -> Likelihood:
+    """The likelihood in float64, fit for C interleaved outputs; an error where it cannot be."""
+    if isinstance(likelihood, CategoricalLikelihood):
+        if num_outputs < 2 or likelihood.num_classes != num_outputs:
+            raise ValueError(
+                f"likelihood: CategoricalLikelihood(num_classes={likelihood.num_classes}) on a network with "
+                f"C = {num_outputs} outputs; expected num_classes = C ≥ 2 (one logistic output: BernoulliLikelihood)"
+            )
+    elif isinstance(likelihood, BernoulliLikelihood):
+        if num_outputs != 1:
+            raise ValueError(f"likelihood: BernoulliLikelihood needs one output, the network has C = {num_outputs}")
+    elif isinstance(likelihood, MultitaskGaussianLikelihood):
+        if num_outputs < 2 or likelihood.num_tasks != num_outputs:
+            raise ValueError(
+                f"likelihood: MultitaskGaussianLikelihood(num_tasks={likelihood.num_tasks}) on a network with "
+                f"C = {num_outputs} outputs; expected num_tasks = C ≥ 2 (one output: GaussianLikelihood)"
+            )
+    elif isinstance(likelihood, GaussianLikelihood | FixedNoiseGaussianLikelihood):
+        if num_outputs > 1:
+            likelihood = MultioutputGaussianLikelihood(likelihood)
+    elif not isinstance(likelihood, MultioutputGaussianLikelihood):
+        raise TypeError(
+            f"likelihood: got {type(likelihood).__name__}; expected gpytorch's GaussianLikelihood, "
+            "FixedNoiseGaussianLikelihood or MultitaskGaussianLikelihood, ntkgp.CategoricalLikelihood, or "
+            "ntkgp.likelihoods.BernoulliLikelihood"
+        )
+    return likelihood.to(torch.float64)
+
+
+class NoiseLink:
+    """Reads a Gaussian likelihood's noise as a :class:`~ntkgp.evidence.NoiseModel`, and writes fitted values back.
+
+    :raises ValueError: a full noise covariance between outputs (``rank > 0``), which has no fixed point: fit it on
+        GPyTorch's marginal likelihood.
+    """
+
+    def __init__(self, likelihood: Likelihood, num_rows: int, num_outputs: int) -> None:
+        self._likelihood, self._n, self._c = likelihood, num_rows, num_outputs
+        if isinstance(likelihood, MultitaskGaussianLikelihood) and likelihood.rank > 0:
+            raise ValueError(
+                f"likelihood: fit_evidence learns one noise or one per output; MultitaskGaussianLikelihood(rank="
+                f"{likelihood.rank}) has a full covariance: use rank=0, or fit GPyTorch's marginal likelihood"
+            )
+
+    def _second_noise(self) -> gpytorch.Module | None:
+        return getattr(self._likelihood, "second_noise_covar", None)
+
+    def _fixed(self) -> bool:
+        return isinstance(self._likelihood, FixedNoiseGaussianLikelihood) or getattr(self._likelihood, "_fixed", False)
+
+    def model(self) -> NoiseModel:
+        """The noise of the training data as it is now."""
+        likelihood, rows = self._likelihood, self._n * self._c
+        if self._fixed():
+            shape = torch.Size((self._n,) if self._c == 1 else (self._n, self._c))
+            learned = self._second_noise()
+            total = likelihood._shaped_noise_covar(shape).diagonal(dim1=-1, dim2=-2).detach().to(torch.float64)
+            if learned is None:
+                return NoiseModel.known(total.reshape(rows))
+            value = learned.noise.detach().reshape(())
+            return NoiseModel.known((total - value).clamp_min(0.0).reshape(rows), value, _minimum(learned, "raw_noise"))
+        if isinstance(likelihood, MultitaskGaussianLikelihood):
+            return self._multitask(likelihood)
+        return NoiseModel.homoscedastic(
+            rows, likelihood.noise.detach().reshape(()), _minimum(likelihood.noise_covar, "raw_noise")
+        )
+
+    def _multitask(self, likelihood: MultitaskGaussianLikelihood) -> NoiseModel:
+        rows = self._n * self._c
+        if not likelihood.has_task_noise:
+            return NoiseModel.homoscedastic(rows, likelihood.noise.detach().reshape(()), _minimum(likelihood, "raw_noise"))
+        values, low = likelihood.task_noises.detach().reshape(-1), _minimum(likelihood, "raw_task_noises")
+        if likelihood.has_global_noise:
+            # The two are redundant: their sum is what the data determine.
+            values, low = values + likelihood.noise.detach(), low + _minimum(likelihood, "raw_noise")
+        return NoiseModel.per_output(rows, values, low)
+
+    def write(self, noise: Tensor) -> Tensor:
+        """Store learned variances and return what the constraints let through."""
+        likelihood = self._likelihood
+        if self._fixed():
+            learned = self._second_noise()
+            assert learned is not None
+            _assign(learned, "raw_noise", noise)
+        elif isinstance(likelihood, MultitaskGaussianLikelihood):
+            self._write_multitask(likelihood, noise)
+        else:
+            _assign(likelihood.noise_covar, "raw_noise", noise)
+        return self.model().values
+
+    @staticmethod
+    def _write_multitask(likelihood: MultitaskGaussianLikelihood, noise: Tensor) -> None:
+        if not likelihood.has_task_noise:
+            _assign(likelihood, "raw_noise", noise)
+            return
+        if likelihood.has_global_noise:
+            low = _minimum(likelihood, "raw_noise")
+            _assign(likelihood, "raw_noise", noise.new_full((1,), low))
+            noise = noise - likelihood.noise.detach()
+        _assign(likelihood, "raw_task_noises", noise)
+
+
+def _minimum(module: gpytorch.Module, name: str) -> float:
+    """Lower bound that the constraint of a parameter sets."""
+    bound = module.constraint_for_parameter_name(name).lower_bound
+    return max(float(bound), 0.0)
+
+
+def _assign(module: gpytorch.Module, name: str, value: Tensor) -> None:
+    """Set a constrained parameter, a hair inside its bounds so that its raw value stays finite."""
+    raw = getattr(module, name)
+    constraint = module.constraint_for_parameter_name(name)
+    low = max(float(constraint.lower_bound), 0.0)
+    inside = value.to(raw).reshape(raw.shape).clamp_min(low * (1 + 1e-6) + 1e-30)
+    with torch.no_grad():
+        raw.copy_(constraint.inverse_transform(inside))
