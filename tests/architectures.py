@@ -902,7 +902,7 @@ def hf_gpt2() -> Case:
     """Pre-norm: one residual stream."""
     build = hf(
         "GPT2ForSequenceClassification", "GPT2Config", vocab_size=20, n_positions=8, n_embd=16, n_layer=2, n_head=2,
-        pad_token_id=0,
+        pad_token_id=0, bos_token_id=1, eos_token_id=2,
     )  # fmt: skip
     stream = {"transformer.wte.weight", "transformer.wpe.weight"}
     for i in range(2):
@@ -912,7 +912,10 @@ def hf_gpt2() -> Case:
 
 def hf_gpt2_language_model() -> Case:
     """The token embedding is the head as well, so the whole stream is held back: none."""
-    build = hf("GPT2LMHeadModel", "GPT2Config", vocab_size=20, n_positions=8, n_embd=16, n_layer=2, n_head=2)
+    build = hf(
+        "GPT2LMHeadModel", "GPT2Config", vocab_size=20, n_positions=8, n_embd=16, n_layer=2, n_head=2, bos_token_id=1,
+        eos_token_id=2,
+    )  # fmt: skip
     return case(72, build, padded_tokens(), [], scale_weights=0.3)
 
 
@@ -944,12 +947,15 @@ def hf_vit() -> Case:
         "ViTForImageClassification", "ViTConfig", hidden_size=16, num_hidden_layers=2, num_attention_heads=2,
         intermediate_size=24, image_size=8, patch_size=4, num_channels=1,
     )  # fmt: skip
+    # transformers 5 and 4 name the layers differently.
+    blocks = [f"vit.layers.{i}.{part}" for i in range(2) for part in ("attention.o_proj", "mlp.fc2")]
+    blocks += [f"vit.encoder.layer.{i}.{part}.dense" for i in range(2) for part in ("attention.output", "output")]
     stream = {"vit.embeddings.cls_token", "vit.embeddings.position_embeddings"}
-    stream |= {f"vit.embeddings.patch_embeddings.projection.{kind}" for kind in ("weight", "bias")}
-    for i in range(2):
-        stream |= {f"vit.layers.{i}.{part}.{kind}" for part in ("attention.o_proj", "mlp.fc2") for kind in ("weight", "bias")}
+    stream = stream.union(*pair("vit.embeddings.patch_embeddings.projection", *blocks))
     example = lambda: {"pixel_values": rows(1, 8, 8)()}  # noqa: E731
-    return case(75, build, example, [stream], scale_weights=0.3)
+    vit = case(75, build, example, [stream], scale_weights=0.3)
+    vit.groups[0] &= {name for name, _ in vit.net.named_parameters()}
+    return vit
 
 
 def hf_convnext() -> Case:

@@ -7,7 +7,7 @@ import copy
 import torch
 from torch import Tensor, nn
 
-from ntkgp import LinearizedNetwork
+from ntkgp import LinearizedNetwork, ParameterGroups
 
 WIDTH = 3
 
@@ -30,8 +30,9 @@ def deep_net(outputs: int, dtype: torch.dtype = torch.float64, width: int = WIDT
     return net.to(dtype)
 
 
-def linearized(outputs: int, dtype: torch.dtype = torch.float64, groups: str = "normalization") -> LinearizedNetwork:
-    """The deep network, linearised; G = 3 with the default groups."""
+def linearized(outputs: int, dtype: torch.dtype = torch.float64) -> LinearizedNetwork:
+    """The deep network, linearised, with G = 3 groups: what each LayerNorm normalises, and the rest, not contiguous."""
+    groups = ParameterGroups({"first": "0.*", "second": "3.*", "rest": ["1.*", "4.*", "6.*"]})
     return LinearizedNetwork(deep_net(outputs, dtype), seeded(2, WIDTH, seed=1, dtype=dtype), groups=groups)
 
 
