@@ -7,7 +7,8 @@ from torch import Tensor
 
 from ntkgp.linearization import LinearizedNetwork
 from ntkgp.operators import NetworkHandle
-from ntkgp.operators.handle import ValueCache, needs_graph
+from ntkgp.operators.handle import ValueCache
+from ntkgp.operators.second_order import needs_graph, second_order
 
 __all__ = ["LinearizedMean", "NetworkMean"]
 
@@ -57,7 +58,8 @@ class NetworkMean(Mean):
         """Evaluate the mean."""
         flat = x.reshape(-1, x.shape[-1])
         if needs_graph(x):
-            value = self._value(flat)
+            with second_order(x):
+                value = self._value(flat)
         else:
             num_bytes = flat.shape[0] * self.lin.num_outputs * flat.element_size()
             value = self._values.fetch((flat,), num_bytes, lambda: self._value(flat))

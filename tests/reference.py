@@ -146,9 +146,7 @@ def gaussian_log_evidence(k: Tensor, t: Tensor, noise: Tensor) -> float:
     return float(-(fit + torch.linalg.slogdet(a)[1] + len(t) * math.log(2 * math.pi)) / 2)
 
 
-def map_log_evidence(
-    j: Tensor, t: Tensor, theta: Tensor, precision: Tensor, noise: Tensor, index: Tensor
-) -> float:
+def map_log_evidence(j: Tensor, t: Tensor, theta: Tensor, precision: Tensor, noise: Tensor, index: Tensor) -> float:
     """M_θ = log p(t | θ) − ½‖θ‖²_Λ − ½ logdet(I + Λ⁻¹H) at any θ."""
     logdet = gaussian_primal(j, t, precision, noise, index).logdet
     return gaussian_log_likelihood(t, j @ theta, noise) - float((precision * theta.square()).sum()) / 2 - logdet / 2
@@ -307,11 +305,11 @@ def problem_c(seed: int = 0) -> Sample:
 
 @functools.cache
 def batchnorm_net(outputs: int = 3, seed: int = 0) -> Sample:
-    """A deep trained BatchNorm network, 4-10-10-10-C, affine normalisers, biases, eps = 1e-12; regression."""
+    """A deep trained BatchNorm network, 4-10-10-10-C, affine normalisers, biases, eps = 1e-30; regression."""
     with seeded(seed) as generator:
         layers: list[nn.Module] = []
         for width in (4, 10, 10):
-            layers += [nn.Linear(width, 10), nn.BatchNorm1d(10, eps=1e-12), nn.Tanh()]
+            layers += [nn.Linear(width, 10), nn.BatchNorm1d(10, eps=1e-30), nn.Tanh()]
         net = nn.Sequential(*layers, nn.Linear(10, outputs)).double()
         x, x_test = _data(generator, width=4, n=30, n_test=6)
         phase = torch.arange(outputs, dtype=DOUBLE)
@@ -327,8 +325,8 @@ def layernorm_cnn(outputs: int = 3, seed: int = 0) -> Sample:
     """A trained convolutional network on 1 × 6 × 6 images with affine LayerNorm over (C, H, W); labels."""
     with seeded(seed) as generator:
         net = nn.Sequential(
-            nn.Conv2d(1, 3, 3), nn.LayerNorm([3, 4, 4], eps=1e-12), nn.Tanh(),
-            nn.Conv2d(3, 4, 3), nn.LayerNorm([4, 2, 2], eps=1e-12), nn.GELU(),
+            nn.Conv2d(1, 3, 3), nn.LayerNorm([3, 4, 4], eps=0.0), nn.Tanh(),
+            nn.Conv2d(3, 4, 3), nn.LayerNorm([4, 2, 2], eps=0.0), nn.GELU(),
             nn.Flatten(), nn.Linear(16, 12), nn.Tanh(), nn.Linear(12, outputs),
         ).double()  # fmt: skip
         x = torch.randn(24, 1, 6, 6, generator=generator, dtype=DOUBLE)

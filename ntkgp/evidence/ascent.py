@@ -24,7 +24,7 @@ class Optimum:
     :param x: (log lambda, log sigma^2), shape (G+S,).
     :param evaluation: the evaluation there.
     :param trace: evidence of the start and after each accepted step.
-    :param converged: whether the tolerance was met.
+    :param converged: whether the tolerance was met, or rounding of the evidence reached.
     :param evaluations: number of evidence evaluations.
     :param notes: plain words on what ended the run early.
     """
@@ -86,8 +86,10 @@ class Ascent:
         return float((evaluation.gradient * evaluation.step)[self.free(x, evaluation)].sum())
 
     def met(self, x: Tensor, evaluation: Evaluation) -> bool:
-        """Whether the projected gradient is within tolerance."""
-        return self.projected_gradient(x, evaluation) <= self.tolerance * self.objective.size
+        """Whether the projected gradient is within tolerance, or a step gains less than rounding of the evidence."""
+        if self.projected_gradient(x, evaluation) <= self.tolerance * self.objective.size:
+            return True
+        return self.predicted_gain(x, evaluation) <= 1e-2 * self.rounding(evaluation)
 
     def finished(self, x: Tensor, evaluation: Evaluation) -> bool:
         """Whether nothing is left to gain: 100 times stricter, because flat directions need it for their log lambda."""
@@ -97,7 +99,7 @@ class Ascent:
 
     def rounding(self, evaluation: Evaluation) -> float:
         """Differences of the evidence that are rounding."""
-        return 1e-13 * (abs(evaluation.value) + self.objective.size)
+        return evaluation.rounding + 1e-14 * (abs(evaluation.value) + self.objective.size)
 
     def result(self, notes: tuple[str, ...]) -> Optimum:
         """Collect the result at the current point."""

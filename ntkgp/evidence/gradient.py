@@ -72,6 +72,15 @@ def _run(ascent: Ascent) -> None:
         if found.value >= ascent.current.value - ascent.rounding(ascent.current):
             ascent.accept(x, found)
 
+    def accept_flattest() -> None:
+        """Take the flattest of the level points, which the line search rejects for rounding of the evidence."""
+        assert ascent.current is not None
+        lowest = ascent.current.value - ascent.rounding(ascent.current)
+        level = [pair for pair in seen.values() if pair[1].value >= lowest]
+        best = min(level, key=lambda pair: ascent.predicted_gain(*pair), default=(ascent.x, ascent.current))
+        if ascent.predicted_gain(*best) < ascent.predicted_gain(ascent.x, ascent.current):
+            ascent.accept(*best)
+
     scipy.optimize.minimize(
         negative,
         ascent.x.cpu().numpy(),
@@ -87,3 +96,4 @@ def _run(ascent: Ascent) -> None:
             "maxiter": 10**9,
         },
     )
+    accept_flattest()

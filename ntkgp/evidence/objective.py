@@ -46,6 +46,7 @@ class Evaluation:
     :param squared_norms: :math:`\|\theta_g\|^2` of theta_star or of the trained weights, shape (G,).
     :param sse: squared error of the targets at that theta (NaN for classification).
     :param jitter: what was added to the diagonal of A.
+    :param rounding: estimate of the rounding error of the value.
     :param gap: unmet optimality of theta_star in a classification (0 where theta_star is a linear solve).
     """
 
@@ -56,6 +57,7 @@ class Evaluation:
     squared_norms: Tensor
     sse: float
     jitter: float
+    rounding: float
     gap: float = 0.0
 
     @property
@@ -226,6 +228,7 @@ class GaussianObjective(EvidenceObjective):
             squared_norms=found.quadratic / precision,
             sse=found.sse * self.scale,
             jitter=found.jitter * self.scale,
+            rounding=found.rounding,
         )
 
     def mode(self, x: Tensor) -> tuple[Tensor, Tensor]:
@@ -312,6 +315,7 @@ class SoftmaxObjective(EvidenceObjective):
             squared_norms=(quadratic / precision).clamp_min(0.0),
             sse=math.nan,
             jitter=curvature.jitter,
+            rounding=curvature.rounding,
             gap=star.gap,
         )
 
@@ -336,6 +340,9 @@ class QuadraticObjective(SoftmaxObjective):
 
     The constant is the one that makes M the evidence of the expansion itself, so that values are comparable with the
     other variants (completing the square of log p(y|f) + r^T d - d^T B d / 2, d = J (theta - theta_map)).
+    Unlike a log-likelihood the expansion is not bounded by zero: for a network that is confidently wrong on its
+    training data (large q) the evidence can ask for an unlimited prior variance, which the bounds then stop.
+
     Cost: as a Gaussian problem of size N (C-1).
     """
 
@@ -362,6 +369,7 @@ class QuadraticObjective(SoftmaxObjective):
             squared_norms=found.quadratic / precision,
             sse=math.nan,
             jitter=found.jitter,
+            rounding=found.rounding,
         )
 
     def mode(self, x: Tensor) -> tuple[Tensor, Tensor]:
@@ -410,6 +418,7 @@ class MapObjective(EvidenceObjective):
             squared_norms=self.theta_norms,
             sse=sse,
             jitter=found.jitter * self.scale,
+            rounding=found.rounding,
         )
 
 

@@ -81,6 +81,10 @@ class NoiseModel:
         """Whether the noise is one learned variance on all rows and nothing else."""
         return self.num_learned == 1 and not bool(self.fixed.any())
 
+    def to(self, device: torch.device) -> NoiseModel:
+        """Return the same model on a device."""
+        return NoiseModel(self.fixed.to(device), self.component.to(device), self.values.to(device), self.minimum)
+
     def diagonal(self, values: Tensor | None = None) -> Tensor:
         """Return the row variances d, shape (n,), at the given learned variances (default: the current ones)."""
         values = self.values if values is None else values
@@ -155,6 +159,7 @@ class GaussianEvidence:
             raise ValueError(f"outputs must divide the number of rows {rows}, got {self.outputs}")
         if self.noise.fixed.numel() != rows:
             raise ValueError(f"noise must have {rows} rows, got {self.noise.fixed.numel()}")
+        object.__setattr__(self, "noise", self.noise.to(self.grams.device))
         object.__setattr__(self, "targets", _check_finite("targets", self.targets, (rows,)))
         if self.observations is not None:
             object.__setattr__(self, "observations", _check_finite("observations", self.observations, (rows,)))

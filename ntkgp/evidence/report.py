@@ -38,7 +38,7 @@ class EvidenceReport:
     :param iterations: accepted steps.
     :param evaluations: evaluations of the evidence.
     :param seconds: wall-clock time.
-    :param converged: whether the projected gradient met the tolerance.
+    :param converged: whether the projected gradient met the tolerance, or rounding of the evidence was reached.
     :param method: "mackay" or "lbfgs".
     :param at: "theta_star" or "theta_map".
     :param warnings: plain words on everything that deserves attention.

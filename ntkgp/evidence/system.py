@@ -12,6 +12,7 @@ from torch import Tensor
 from ntkgp.evidence.problem import NoiseModel
 
 EIGENVALUE_CUT = 1e-10
+_EPSILON = torch.finfo(torch.float64).eps
 _JITTERS = (0.0, 1e-14, 1e-12, 1e-10, 1e-8, 1e-6)
 
 
@@ -23,6 +24,7 @@ class Solution:
     :param dimension: :math:`w_g \mathrm{tr}(A^{-1} K_g)`, shape (G,).
     :param inverse_diagonal: diagonal of A^-1 summed over the rows of each noise component, shape (S,).
     :param jitter: what was added to the diagonal of A.
+    :param rounding: estimate of the rounding error of `logdet` and `fit`.
     :param fit: :math:`t^\top A^{-1} t`; zero without targets, like the following three.
     :param quadratic: :math:`w_g \alpha^\top K_g \alpha`, shape (G,).
     :param alpha_squares: squares of alpha summed over the rows of each noise component, shape (S,).
@@ -34,6 +36,7 @@ class Solution:
     dimension: Tensor
     inverse_diagonal: Tensor
     jitter: float
+    rounding: float
     fit: float
     quadratic: Tensor
     alpha_squares: Tensor
@@ -92,6 +95,7 @@ class DenseSystem:
         diagonal = self.noise.diagonal(noise)
         matrix = (weights @ self.flat).reshape(size, size)
         matrix.diagonal().add_(diagonal)
+        trace = float(matrix.diagonal().sum())
         factor, jitter = cholesky_with_jitter(matrix)
         logdet = 2.0 * float(factor.diagonal().log().sum())
         alpha = None
@@ -100,14 +104,18 @@ class DenseSystem:
         inverse = torch.cholesky_inverse(factor)
         dimension = weights * (self.flat @ inverse.reshape(-1))
         inverse_diagonal = self.noise.sum_per_component(inverse.diagonal())
+        # A backward error E of A changes logdet A by tr(A^-1 E) and t^T A^-1 t by alpha^T E alpha.
+        sensitivity = inverse.diagonal().sum() + (0.0 if alpha is None else alpha.square().sum())
+        rounding = _EPSILON * trace * float(sensitivity)
         if alpha is None or self.targets is None:
-            return _without_targets(logdet, dimension, inverse_diagonal, jitter)
+            return _without_targets(logdet, dimension, inverse_diagonal, jitter, rounding)
         quadratic = weights * torch.stack([alpha @ (gram @ alpha) for gram in self.grams])
         return Solution(
             logdet,
             dimension.clamp_min(0.0),
             inverse_diagonal,
             jitter,
+            rounding,
             fit=float(self.targets @ alpha),
             quadratic=quadratic.clamp_min(0.0),
             alpha_squares=self.noise.sum_per_component(alpha.square()),
@@ -147,7 +155,7 @@ class SpectralSystem:
         dimension = (prior / total).sum().reshape(1)
         inverse_diagonal = total.reciprocal().sum().reshape(1)[: self.noise.num_learned]
         if self.coordinates is None:
-            return _without_targets(logdet, dimension, inverse_diagonal, 0.0)
+            return _without_targets(logdet, dimension, inverse_diagonal, 0.0, 0.0)
         reduced = self.coordinates / total
         error = variance * reduced
         if self.whitening is not None:
@@ -156,6 +164,7 @@ class SpectralSystem:
             logdet,
             dimension,
             inverse_diagonal,
+            0.0,
             0.0,
             fit=float((self.coordinates * reduced).sum()),
             quadratic=(prior * reduced.square()).sum().reshape(1),
@@ -175,9 +184,20 @@ def _no_alpha() -> Tensor:
     raise ValueError("targets are needed for alpha, got None")
 
 
-def _without_targets(logdet: float, dimension: Tensor, inverse_diagonal: Tensor, jitter: float) -> Solution:
+def _without_targets(
+    logdet: float, dimension: Tensor, inverse_diagonal: Tensor, jitter: float, rounding: float
+) -> Solution:
     """Solution of a system that has no targets."""
     zero_groups, zero_noise = torch.zeros_like(dimension), torch.zeros_like(inverse_diagonal)
     return Solution(
-        logdet, dimension.clamp_min(0.0), inverse_diagonal, jitter, 0.0, zero_groups, zero_noise, 0.0, _no_alpha
+        logdet,
+        dimension.clamp_min(0.0),
+        inverse_diagonal,
+        jitter,
+        rounding,
+        0.0,
+        zero_groups,
+        zero_noise,
+        0.0,
+        _no_alpha,
     )

@@ -189,7 +189,9 @@ def _extend(old: Tensor, new: Tensor) -> Tensor:
     old, new = (value.unsqueeze(-1) if value.dim() == 1 else value for value in (old, new))
     width = max(old.shape[-1], new.shape[-1])
     if not {old.shape[-1], new.shape[-1]} <= {1, width}:
-        raise ValueError(f"noise: got {new.shape[-1]} outputs, the noise of the training data has {old.shape[-1]} outputs")
+        raise ValueError(
+            f"noise: got {new.shape[-1]} outputs, the noise of the training data has {old.shape[-1]} outputs"
+        )
     batch = torch.broadcast_shapes(old.shape[:-2], new.shape[:-2])
     return torch.cat([value.expand(*batch, value.shape[-2], width) for value in (old, new)], -2)
 

@@ -1,8 +1,8 @@
 """How every value of a traced forward pass scales when parameters are scaled.
 
-With each parameter i multiplied by k_i > 0, a value of *degree* d is multiplied by Π_i k_i^d_i. Operations map degrees to
-degrees (a product adds them, a ReLU keeps them) and demand linear relations between them (a sum needs equal ones, tanh
-needs none at all). Together the relations describe every scaling under which the output stays what it is.
+With each parameter i multiplied by k_i > 0, a value of *degree* d is multiplied by Π_i k_i^d_i. Operations map degrees
+to degrees (a product adds them, a ReLU keeps them) and demand linear relations between them (a sum needs equal ones,
+tanh needs none at all). Together the relations describe every scaling under which the output stays what it is.
 """
 
 from __future__ import annotations
@@ -20,8 +20,8 @@ from torch import Tensor
 from ntkgp.linearization import scaling_rules as names
 from ntkgp.linearization.tracing import Node, Ref, Trace
 
-# Exponents by parameter. Keys below zero stand for values that nothing may scale (data, outputs of nonlinear functions):
-# they show where an expression divides its own scale out, and drop out of every relation.
+# Exponents by parameter. Keys below zero stand for values that nothing may scale (data, outputs of nonlinear
+# functions): they show where an expression divides its own scale out, and drop out of every relation.
 Exponents = dict[int, Fraction]
 
 
@@ -113,8 +113,6 @@ class _Propagation:
                     self.relations.last_use[self.carried[ref.index]] = position
             if node.name not in names.WRITES and any(self.degree(ref) is UNWRITTEN for ref in inputs):
                 raise UntraceableError
-            if node.leaks:
-                self.none(inputs)
             self._bind(node, self._apply(node))
         self.none([self.trace.output])
         return self.relations
@@ -152,6 +150,8 @@ class _Propagation:
                 self.on_data.add(index)
             if self._is_nonnegative(node):
                 self.nonnegative.add(index)
+            if node.name in names.FILLS and not isinstance(node.arguments[names.FILLS[node.name]], Ref):
+                self.constants[index] = node.arguments[names.FILLS[node.name]]
             if node.name in names.SHAPES and inputs:
                 source = inputs[0].index
                 if source in self.carried:
@@ -262,7 +262,7 @@ class _Propagation:
         return self.equal([degree, self.degree(bias)])
 
     def _is_subtracted(self, index: int, pattern: Tensor) -> bool:
-        """Whether a value is read by batch normalisation only, with ``pattern`` constant within each of its channels."""
+        """Whether only batch normalisation reads a value, with ``pattern`` constant within each of its channels."""
         readers = self.consumers[index]
         for node in readers:
             if node.name in names.BATCH_NORMS and node.arguments["input"] == Ref(index):
@@ -316,9 +316,7 @@ class _Propagation:
         bias = node.arguments["self"]
         if node.arguments["beta"] == 0:
             return degree
-        return self._with_bias(
-            degree, bias, node.outputs[0], self._weights(items), self.trace.values[bias.index].shape
-        )
+        return self._with_bias(degree, bias, node.outputs[0], self._weights(items), self.trace.values[bias.index].shape)
 
     def _rule_normalise(self, node: Node) -> tuple[Degree, ...]:
         weight, bias = node.arguments.get("weight"), node.arguments.get("bias")

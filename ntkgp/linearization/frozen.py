@@ -41,6 +41,8 @@ def pass_environment(device: torch.device | None = None) -> Iterator[None]:
         ):
             # torch's forward mode loads its own decompositions by a deprecated call when first used.
             warnings.filterwarnings("ignore", message="`torch.jit.script` is deprecated", category=DeprecationWarning)
+            # vmap loops over rows where torch has no batched formula (weight norm); the result is the same.
+            warnings.filterwarnings("ignore", message="There is a performance drop", category=UserWarning)
             yield
     finally:
         torch.backends.mha.set_fastpath_enabled(fast_path)
@@ -113,10 +115,15 @@ class FrozenNetwork:
     :param net: any module; copied, put in evaluation mode.
     :param to_tree: turns a list of input leaves into the pytree that the network takes.
     :param select: picks the output tensor out of what the network returns.
+    :param leaf_dtypes: dtypes of the input leaves, kept where the network mixes dtypes.
     """
 
     def __init__(
-        self, net: nn.Module, to_tree: Callable[[list[Tensor]], Any], select: Callable[[Any], Tensor] | None
+        self,
+        net: nn.Module,
+        to_tree: Callable[[list[Tensor]], Any],
+        select: Callable[[Any], Tensor] | None,
+        leaf_dtypes: Sequence[torch.dtype],
     ) -> None:
         module = private_copy(net)
         self._to_tree, self._select = to_tree, select
@@ -125,7 +132,9 @@ class FrozenNetwork:
         self.theta: Weights = {name: parameters[name].detach() for name in self.trainable}
         self.dtype: torch.dtype = next(iter(self.theta.values())).dtype if self.theta else torch.get_default_dtype()
         floating = {p.dtype for p in parameters.values() if p.is_floating_point()}
-        self.input_dtype: torch.dtype | None = self.dtype if len(floating) == 1 else None
+        self._leaf_dtypes = [
+            self.dtype if dtype.is_floating_point and len(floating) == 1 else dtype for dtype in leaf_dtypes
+        ]
         self.device: torch.device = next(iter(self.theta.values())).device if self.theta else torch.device("cpu")
         self._modules: dict[torch.device, nn.Module] = {self.device: module}
         self._convention: str | None = None
@@ -148,10 +157,10 @@ class FrozenNetwork:
     def _arguments(
         self, leaves: Sequence[Tensor], cast: torch.dtype | None = None
     ) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        dtype = cast or self.input_dtype
-        if dtype is not None:
-            leaves = [leaf.to(dtype) if leaf.is_floating_point() else leaf for leaf in leaves]
-        tree = self._to_tree(list(leaves))
+        dtypes = self._leaf_dtypes if cast is None else [cast] * len(leaves)
+        tree = self._to_tree(
+            [leaf.to(d) if leaf.is_floating_point() else leaf for leaf, d in zip(leaves, dtypes, strict=True)]
+        )
         if self._convention is None:
             self._convention = _convention(self.module(self.device), tree)
         if self._convention == "keyword":
@@ -209,11 +218,15 @@ class FrozenNetwork:
     def pullback(self, leaves: Sequence[Tensor]) -> Callable[[Tensor], Weights]:
         """u ↦ Jᵀu by parameter name, from one forward pass."""
         if self.functional:
-            pull = vjp(lambda w: self(w, leaves), self.weights(leaves[0].device))[1]
-            return lambda u: pull(u)[0]
+            value, pull = vjp(lambda w: self(w, leaves), self.weights(leaves[0].device))
+            return lambda u: pull(u.to(value.dtype))[0]
         output, parameters = self._plain(leaves)
         return lambda u: dict(
-            zip(self.trainable, self._gradient(output, parameters, u, graph=_wants_graph([*leaves, u])), strict=True)
+            zip(
+                self.trainable,
+                self._gradient(output, parameters, u.to(output.dtype), graph=_wants_graph([*leaves, u])),
+                strict=True,
+            )
         )
 
     def jacobian(self, leaves: Sequence[Tensor]) -> Weights:

@@ -86,8 +86,12 @@ def _rows(lin: LinearizedNetwork, source: Source, rows: slice) -> list[Tensor]:
     """Jacobian rows of one block, one (rows·C, p_t) matrix per parameter tensor."""
     if isinstance(source, JacobianRows):
         return source.block(rows)
-    jacobian = lin.jacobian_by_tensor(source[rows])
-    return [tensor.reshape(tensor.shape[0] * tensor.shape[1], -1) for tensor in jacobian.values()]
+    return [_by_row(tensor) for tensor in lin.jacobian_by_tensor(source[rows]).values()]
+
+
+def _by_row(tensor: Tensor) -> Tensor:
+    """Jacobian rows of one parameter tensor, (N, C, *shape) -> (N·C, p_t)."""
+    return tensor.reshape(tensor.shape[0] * tensor.shape[1], -1)
 
 
 def jacobian_rows(lin: LinearizedNetwork, x: Tensor, max_memory: str | int | float) -> JacobianRows:
@@ -163,11 +167,11 @@ def differentiable_weighted_gram(
 ) -> Tensor:
     """The same with a graph to the inputs (not to the variances)."""
     weights = variance.detach().to(torch.float64)
-    left = [rows.flatten(2).flatten(0, 1) for rows in lin.jacobian_by_tensor(x1).values()]
+    left = [_by_row(rows) for rows in lin.jacobian_by_tensor(x1).values()]
     if isinstance(other, JacobianRows):
         right = list(other.tensors)
     else:
-        right = [rows.flatten(2).flatten(0, 1) for rows in lin.jacobian_by_tensor(other).values()]
+        right = [_by_row(rows) for rows in lin.jacobian_by_tensor(other).values()]
     terms = [
         weights[g] * (a.to(torch.float64) @ b.to(torch.float64).mT)
         for a, b, g in zip(left, right, lin.groups.of_tensor, strict=True)
@@ -182,7 +186,7 @@ def gram_diagonals(lin: LinearizedNetwork, x: Tensor, max_memory: str | int | fl
     rows = block_rows(lin, 1, 1, parse_memory(max_memory))
     for block in _blocks(x.shape[0], rows):
         for tensor, g in zip(lin.jacobian_by_tensor(x[block]).values(), lin.groups.of_tensor, strict=True):
-            flat = tensor.flatten(2)
+            flat = tensor.reshape(*tensor.shape[:2], -1)
             for piece in _column_pieces(flat.shape[0] * c, flat.shape[2]):
                 wide = flat[:, :, piece].to(torch.float64)
                 out[g, block] += wide @ wide.mT
@@ -196,7 +200,8 @@ def differentiable(
     """Per-group products of Jacobians that carry a graph to the inputs."""
     out: list[Tensor | None] = [None] * num_groups
     for a, b, g in zip(left.values(), right.values(), groups, strict=True):
-        term = product(a.flatten(2).to(torch.float64), b.flatten(2).to(torch.float64))
+        wide = [rows.reshape(*rows.shape[:2], -1).to(torch.float64) for rows in (a, b)]
+        term = product(*wide)
         previous = out[g]
         out[g] = term if previous is None else previous + term
     return torch.stack([term for term in out if term is not None])

@@ -110,7 +110,8 @@ def _solve(
         if not stack:
             return None
         members = stack.pop()
-        row, excess = next(((row, s) for row in relevant if (s := sum(c for i, c in row.items() if i in members))), (None, 0))
+        sums = ((row, sum(c for i, c in row.items() if i in members)) for row in relevant)
+        row, excess = next((pair for pair in sums if pair[1]), (None, 0))
         if row is None:
             return members
         repairs = [i for i in row if i in allowed and i not in members and row[i] * excess < 0]
@@ -123,9 +124,9 @@ def _solve(
 
 def _describe(members: Sequence[str]) -> Normalized:
     """Label a set by its layer, or by its first parameter."""
-    layers = {name.split(".parametrizations.")[0].rpartition(".")[0] or name for name in members}
-    if any(".parametrizations." in name for name in members):
-        layers = {name.split(".parametrizations.")[0] for name in members}
+    # A parametrised weight is held two modules below its layer.
+    mark = ".parametrizations."
+    layers = {name.partition(mark)[0] if mark in name else name.rpartition(".")[0] or name for name in members}
     if len(layers) == 1:
         return Normalized(tuple(members), layers.pop())
     return Normalized(tuple(members), f"residual stream: {members[0]} (+{len(members) - 1})")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 
 _UNITS = {
@@ -29,12 +30,14 @@ def parse_memory(max_memory: str | int | float) -> int:
 
 
 def format_memory(num_bytes: float) -> str:
-    """Bytes in the unit people read.
+    """Bytes in the unit people read, rounded up: what is printed as the smallest possible budget is enough.
 
-    >>> format_memory(3 * 2**30), format_memory(1536)
-    ('3 GiB', '1.5 KiB')
+    >>> format_memory(3 * 2**30), format_memory(1536), format_memory(1025)
+    ('3 GiB', '1.5 KiB', '1.01 KiB')
     """
     for unit, size in (("TiB", 2**40), ("GiB", 2**30), ("MiB", 2**20), ("KiB", 2**10)):
         if num_bytes >= size:
-            return f"{num_bytes / size:.3g} {unit}"
-    return f"{int(num_bytes)} B"
+            value = num_bytes / size
+            step = 10.0 ** (math.floor(math.log10(value)) - 2)
+            return f"{math.ceil(value / step) * step:.6g} {unit}"
+    return f"{math.ceil(num_bytes)} B"

@@ -17,6 +17,7 @@ from ntkgp.linearization.groups import ParameterGroups, layer_partition, normali
 from ntkgp.linearization.invariance import euler_error, normalized_sets
 from ntkgp.linearization.memory import format_memory, parse_memory
 from ntkgp.linearization.packing import InputPacking
+from ntkgp.linearization.second_order import second_order
 
 GROUPS = ("normalization", "layer", "tensor", "single")
 
@@ -72,8 +73,8 @@ class LinearizedNetwork:
         self.packing = InputPacking(example)
         self._max_memory = parse_memory(max_memory)
         self._check_weights(net)
-        self.frozen = FrozenNetwork(net, self.packing.tree, output)
-        packed = self.packing.pack(example)
+        self.frozen = FrozenNetwork(net, self.packing.tree, output, self.packing.dtypes)
+        packed = self.packing.pack(example, "example")
         with pass_environment(packed.device):
             self._probe_rows = self._check_outputs(packed[: min(4, len(packed))])
             leaves = self.packing.leaves(self._probe_rows[:2])
@@ -214,7 +215,7 @@ class LinearizedNetwork:
     def _map(self, x: Any, compute: Callable[[list[Tensor]], Tensor], passes: int, dim: int = 0) -> Tensor:
         """Run over chunks of rows; the graph to x is kept only if x asks for it."""
         packed, keep = self._input(x)
-        with pass_environment(packed.device):
+        with pass_environment(packed.device), second_order(packed):
             parts = [compute(self.packing.leaves(chunk)) for chunk in self._chunks(packed, passes)]
             return torch.cat(parts if keep else [part.detach() for part in parts], dim=dim)
 
@@ -247,7 +248,7 @@ class LinearizedNetwork:
             return self._map(x, lambda leaves: self.frozen.jvp(leaves, tangent), passes=3)
         tangents = [self._unflatten(row) for row in v]
         return self._map(
-            x, lambda leaves: torch.stack([self.frozen.jvp(leaves, t) for t in tangents]), passes=3 + len(v), dim=1
+            x, lambda leaves: torch.stack([self.frozen.jvp(leaves, t) for t in tangents]), passes=3, dim=1
         )
 
     def vjp(self, x: Any, u: Tensor) -> Tensor:
@@ -259,12 +260,12 @@ class LinearizedNetwork:
         """
         packed, keep = self._input(x)
         self._expect(u, "u", (len(packed), self.num_outputs))
-        many = u.to(self.dtype).reshape(-1, len(packed), self.num_outputs)
+        many = u.reshape(-1, len(packed), self.num_outputs)
         keep = keep or (torch.is_grad_enabled() and u.requires_grad)
         many = many if keep else many.detach()
         total = torch.zeros(len(many), self.num_parameters, dtype=self.dtype, device=packed.device)
         start = 0
-        with pass_environment(packed.device):
+        with pass_environment(packed.device), second_order(packed):
             for chunk in self._chunks(packed, passes=3):
                 pull = self.frozen.pullback(self.packing.leaves(chunk))
                 rows = [self._flatten(pull(row)) for row in many[:, start : start + len(chunk)]]
@@ -286,7 +287,7 @@ class LinearizedNetwork:
     def jacobian_by_tensor(self, x: Any) -> Weights:
         """Jacobian rows of each parameter tensor: {name: (N, C, *parameter shape)}; all N rows at once."""
         packed, keep = self._input(x)
-        with pass_environment(packed.device):
+        with pass_environment(packed.device), second_order(packed):
             rows = self.frozen.jacobian(self.packing.leaves(packed))
         return rows if keep else {name: tensor.detach() for name, tensor in rows.items()}
 
@@ -295,7 +296,8 @@ class LinearizedNetwork:
 
         Cost: C backward passes per row; N·C·P numbers.
         """
-        return torch.cat([rows.flatten(2) for rows in self.jacobian_by_tensor(x).values()], dim=-1)
+        rows = self.jacobian_by_tensor(x).values()
+        return torch.cat([tensor.reshape(*tensor.shape[:2], -1) for tensor in rows], dim=-1)
 
     def grams(
         self, x1: Any, x2: Any = None, max_memory: str | int | float = "2GiB", progress: bool = False

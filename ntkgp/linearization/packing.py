@@ -9,8 +9,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-_LARGEST_EXACT_INTEGER = 2**53
-
 
 def _flatten(tree: Any, leaves: list[Any]) -> Any:
     """Collect the leaves in order; the structure returned has their positions in their places."""
@@ -111,37 +109,38 @@ class InputPacking:
             for leaf, shape, dtype in zip(leaves, self.shapes, self.dtypes, strict=True)
         )
 
-    def pack(self, inputs: Any) -> Tensor:
+    def pack(self, inputs: Any, name: str = "inputs") -> Tensor:
         """Inputs as they are given to the network, or already packed ones -> ``(N, D)``.
 
         :param inputs: a pytree like the example with any number N of rows, or a packed tensor (returned as it is).
+        :param name: what the errors call the inputs.
         :raises ValueError: another structure, other row shapes, N = 0, NaN or infinite values, integers beyond 2^53.
         :raises TypeError: floating values where the example has integers, or the reverse.
         """
         if not self.is_raw(inputs):
             if self.is_packed(inputs) and inputs.ndim == 2:
-                self._check_leaves([inputs], "inputs")
-                return self._finite(inputs)
-            self._explain(inputs)
+                self._check_leaves([inputs], name)
+                return self._finite(inputs, name)
+            self._explain(inputs, name)
         leaves = tree_flatten(inputs)[0]
-        self._check_leaves(leaves, "inputs")
+        self._check_leaves(leaves, name)
         if self._single:
-            return self._finite(leaves[0].reshape(leaves[0].shape[0], -1))
+            return self._finite(leaves[0].reshape(leaves[0].shape[0], -1), name)
         columns = []
         for leaf in leaves:
-            if leaf.dtype == torch.int64 and leaf.numel() and int(leaf.abs().max()) > _LARGEST_EXACT_INTEGER:
-                raise ValueError("inputs: an integer beyond 2^53 cannot be packed exactly into float64")
+            if leaf.dtype == torch.int64 and not torch.equal(leaf.to(torch.float64).to(leaf.dtype), leaf):
+                raise ValueError(f"{name}: an integer beyond 2^53 cannot be packed exactly into float64")
             columns.append(leaf.reshape(leaf.shape[0], -1).to(torch.float64))
-        return self._finite(torch.cat(columns, dim=-1))
+        return self._finite(torch.cat(columns, dim=-1), name)
 
     @staticmethod
-    def _finite(x: Tensor) -> Tensor:
+    def _finite(x: Tensor, name: str) -> Tensor:
         if not torch.isfinite(x.detach()).all():
             row = int((~torch.isfinite(x.detach())).any(-1).nonzero()[0, 0])
-            raise ValueError(f"inputs hold NaN or infinite values (first in row {row}); expected finite numbers")
+            raise ValueError(f"{name}: NaN or infinite values (first in row {row}); expected finite numbers")
         return x
 
-    def _explain(self, inputs: Any) -> None:
+    def _explain(self, inputs: Any, name: str) -> None:
         """Raise the error that says how ``inputs`` differs from the example."""
         expected = ", ".join(
             f"{str(dtype).removeprefix('torch.')} of shape (N, {', '.join(map(str, shape))})"
@@ -149,7 +148,7 @@ class InputPacking:
         )
         leaves, spec = tree_flatten(inputs)
         came = ", ".join(_describe(leaf) for leaf in leaves)
-        message = f"inputs: expected {expected}, or a packed (N, {self.width}) tensor; got {came}"
+        message = f"{name}: expected {expected}, or a packed (N, {self.width}) tensor; got {came}"
         if spec == self._spec and all(
             isinstance(leaf, Tensor) and leaf.shape[1:] == shape
             for leaf, shape in zip(leaves, self.shapes, strict=True)

@@ -19,19 +19,21 @@ REPLAYABLE = _names(
 # … or some of them, or several times, or in another dtype.
 SHAPES = REPLAYABLE | _names(
     "expand slice select narrow unbind split split_with_sizes unsafe_split unsafe_split_with_sizes chunk unfold "
-    "as_strided lift_fresh lift_fresh_copy _to_copy repeat flip roll diagonal view_as_real view_as_complex real imag "
-    "_conj _conj_physical resolve_conj resolve_neg diag_embed tril triu pixel_shuffle pixel_unshuffle channel_shuffle"
+    "as_strided lift_fresh lift_fresh_copy _to_copy repeat flip roll diagonal view_as_real view_as_complex real "
+    "imag _conj _conj_physical resolve_conj resolve_neg diag_embed tril triu pixel_shuffle pixel_unshuffle "
+    "channel_shuffle"
 )
 # Homogeneous of degree one in the first tensor, for fixed others.
 KEEPS = SHAPES | _names(
-    "im2col col2im gather index index_select take masked_select sort topk kthvalue median max min amax amin aminmax sum "
-    "mean nansum nanmean cumsum cummax cummin trace relu leaky_relu _prelu_kernel abs neg positive avg_pool1d avg_pool2d "
-    "avg_pool3d _adaptive_avg_pool2d _adaptive_avg_pool3d adaptive_avg_pool1d adaptive_max_pool2d adaptive_max_pool3d "
-    "max_pool2d_with_indices max_pool3d_with_indices max_unpool2d max_unpool3d upsample_nearest1d upsample_nearest2d "
-    "upsample_nearest3d _upsample_nearest_exact1d _upsample_nearest_exact2d _upsample_nearest_exact3d upsample_linear1d "
-    "upsample_bilinear2d upsample_bicubic2d upsample_trilinear3d _upsample_bilinear2d_aa _upsample_bicubic2d_aa "
-    "grid_sampler_2d grid_sampler_3d reflection_pad1d reflection_pad2d reflection_pad3d replication_pad1d "
-    "replication_pad2d replication_pad3d native_dropout std _fft_r2c _fft_c2r _fft_c2c"
+    "im2col col2im gather index index_select take masked_select sort topk kthvalue median max min amax amin aminmax "
+    "sum mean nansum nanmean cumsum cummax cummin trace relu leaky_relu _prelu_kernel abs neg positive avg_pool1d "
+    "avg_pool2d avg_pool3d _adaptive_avg_pool2d _adaptive_avg_pool3d adaptive_avg_pool1d adaptive_max_pool2d "
+    "adaptive_max_pool3d max_pool2d_with_indices max_pool3d_with_indices max_unpool2d max_unpool3d "
+    "upsample_nearest1d upsample_nearest2d upsample_nearest3d _upsample_nearest_exact1d _upsample_nearest_exact2d "
+    "_upsample_nearest_exact3d upsample_linear1d upsample_bilinear2d upsample_bicubic2d upsample_trilinear3d "
+    "_upsample_bilinear2d_aa _upsample_bicubic2d_aa grid_sampler_2d grid_sampler_3d reflection_pad1d "
+    "reflection_pad2d reflection_pad3d replication_pad1d replication_pad2d replication_pad3d native_dropout std "
+    "_unsafe_index _fft_r2c _fft_c2r _fft_c2c"
 )
 # Those of them that read a second floating-point tensor.
 KEEPS_GIVEN = _names("_prelu_kernel grid_sampler_2d grid_sampler_3d")
@@ -57,12 +59,14 @@ EQUALS = {
     "as_strided_scatter": ("self", "src"), "constant_pad_nd": ("self", "value"), "partial_write": ("tensors",),
 }  # fmt: skip
 POWERS = {
-    "square": Fraction(2), "sqrt": Fraction(1, 2), "rsqrt": Fraction(-1, 2), "reciprocal": Fraction(-1), "var": Fraction(2)
+    "square": Fraction(2), "sqrt": Fraction(1, 2), "rsqrt": Fraction(-1, 2), "reciprocal": Fraction(-1),
+    "var": Fraction(2),
 }  # fmt: skip
 COMPARISONS = _names("eq ne lt le gt ge")
 BATCH_NORMS = _names(
-    "native_batch_norm _native_batch_norm_legit _native_batch_norm_legit_no_training _native_batch_norm_legit_functional "
-    "_batch_norm_with_update _batch_norm_with_update_functional _batch_norm_no_update cudnn_batch_norm miopen_batch_norm"
+    "native_batch_norm _native_batch_norm_legit _native_batch_norm_legit_no_training "
+    "_native_batch_norm_legit_functional _batch_norm_with_update _batch_norm_with_update_functional "
+    "_batch_norm_no_update cudnn_batch_norm miopen_batch_norm"
 )
 NORMALISERS = BATCH_NORMS | _names("native_layer_norm native_group_norm _fused_rms_norm")
 # The name of the argument that the result copies.
@@ -75,8 +79,9 @@ EMPTY = _names("empty empty_like new_empty empty_strided new_empty_strided empty
 
 # Results that do not change with the scale of the inputs, or do not read them.
 WITHOUT_DEGREE = _names(
-    "sign sgn signbit argmax argmin argsort isnan isinf isfinite logical_not any all nonzero count_nonzero is_nonzero "
-    "ones ones_like new_ones rand_like randn_like randint_like rand randn randint randperm arange eye linspace"
+    "sign sgn signbit argmax argmin argsort isnan isinf isfinite logical_not any all nonzero count_nonzero "
+    "is_nonzero ones ones_like new_ones rand_like randn_like randint_like rand randn randint randperm arange eye "
+    "linspace"
 )
 NONNEGATIVE = _names(
     "abs relu square exp sigmoid var std linalg_vector_norm norm sqrt rsqrt _softmax _safe_softmax softplus"

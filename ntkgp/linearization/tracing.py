@@ -71,7 +71,7 @@ class Trace:
 
 
 def trace(call: Callable[[], Tensor], parameters: Mapping[str, nn.Parameter]) -> Trace:
-    """Run ``call`` once without gradients and record it; values of parameters carry their position in ``parameters``."""
+    """Run ``call`` once without gradients and record it; parameters carry their position in ``parameters``."""
     recorder = _Recorder(parameters)
     devices = sorted({p.device.index for p in parameters.values() if p.device.type == "cuda"})
     with torch.no_grad(), torch.random.fork_rng(devices=devices), _plain_attention(), recorder:
@@ -110,6 +110,11 @@ class _Recorder(TorchDispatchMode):
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         kwargs = kwargs or {}
+        if torch.is_inference_mode_enabled():  # which hands over compound operations whole
+            with self:
+                parts = func.decompose(*args, **kwargs)
+            if parts is not NotImplemented:
+                return parts
         given = self._named(func, args, kwargs)
         written = self._written(func, given)
         overwritten = {a.name for a in func._schema.arguments if a.kwarg_only and a.name in written}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
 import gpytorch
@@ -202,7 +203,7 @@ class ExactNTKGP(ExactGP):
     def _training_side(self) -> _Kept:
         """Passes over the training data: made once, whatever the hyper-parameters."""
         if self._kept is None:
-            self._kept = _Kept.build(self.lin, self.train_inputs[0], self.max_memory)
+            self._kept = _Kept.build(self.lin, self.mean_module, self.train_inputs[0], self.max_memory)
         return self._kept
 
     def _gram(self) -> Tensor:
@@ -227,11 +228,10 @@ class ExactNTKGP(ExactGP):
             factors: GaussianFactors | SoftmaxFactors
             if self.is_classification:
                 factors = SoftmaxFactors.build(
-                    self._gram(), kept.outputs, kept.outputs - kept.tangent_theta.sum(0).reshape_as(kept.outputs),
-                    self.train_targets, self.curvature,
-                )  # fmt: skip
+                    self._gram(), kept.outputs, kept.offset, self.train_targets, self.curvature
+                )
             else:
-                targets = self.train_targets.reshape(-1) - kept.outputs.reshape(-1) + kept.tangent_theta.sum(0)
+                targets = self.train_targets.reshape(-1) - kept.offset.reshape(-1)
                 factors = GaussianFactors.build(self._gram(), self._noise(), targets)
         self.prediction_strategy = (key, factors)
         return factors
@@ -248,9 +248,7 @@ class ExactNTKGP(ExactGP):
         if targets == "data":
             shared["tangent_theta"] = kept.tangent_theta
             shared["theta_norms"] = self.lin.groups.sum_per_group(self.lin.theta.to(torch.float64).square())
-        offset = kept.outputs
-        if targets == "data":
-            offset = offset - kept.tangent_theta.sum(0).reshape_as(offset)
+        offset = kept.offset if targets == "data" else kept.outputs
         if self.is_classification:
             self.curvature = curvature
             return SoftmaxEvidence(kept.grams, kept.outputs, offset, self.train_targets, curvature, **shared)
@@ -316,18 +314,30 @@ class ExactNTKGP(ExactGP):
         return posterior(self, X, output_indices, observation_noise, **kwargs)
 
 
+@dataclass(frozen=True)
 class _Kept:
-    """What one visit to the training data leaves behind; independent of every hyper-parameter."""
+    """What one visit to the training data leaves behind; independent of every hyper-parameter.
 
-    def __init__(self, grams: Tensor, outputs: Tensor, tangent_theta: Tensor, rows: JacobianRows | None) -> None:
-        self.grams, self.outputs, self.tangent_theta, self.rows = grams, outputs, tangent_theta, rows
+    :param grams: K_g, shape (G, N·C, N·C).
+    :param outputs: f, shape (N, C).
+    :param offset: f − Jθ̃ as the prior mean gives it, shape (N, C).
+    :param tangent_theta: J_g θ̃_g, shape (G, N·C).
+    :param rows: the Jacobian rows, where they fit.
+    """
+
+    grams: Tensor
+    outputs: Tensor
+    offset: Tensor
+    tangent_theta: Tensor
+    rows: JacobianRows | None
 
     @classmethod
-    def build(cls, lin: LinearizedNetwork, x: Tensor, max_memory: int) -> _Kept:
+    def build(cls, lin: LinearizedNetwork, prior_mean: LinearizedMean, x: Tensor, max_memory: int) -> _Kept:
         with torch.no_grad():
             rows = lin.rows(x, max_memory) if lin.rows_memory(len(x)) <= max_memory else None
             grams = lin.grams(x if rows is None else rows, max_memory=max_memory)
             groups = torch.arange(len(lin.groups), device=lin.theta.device).unsqueeze(-1)
             masked = lin.theta * (lin.groups.index.to(lin.theta.device) == groups)
             tangent = lin.jvp(x, masked).to(torch.float64).flatten(1)
-            return cls(grams, lin(x).to(torch.float64), tangent, rows)
+            outputs = lin(x).to(torch.float64)
+            return cls(grams, outputs, prior_mean(x).reshape_as(outputs), tangent, rows)

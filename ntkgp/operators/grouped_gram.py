@@ -24,7 +24,7 @@ class GroupedGramOperator(LinearOperator):
 
     :param grams: ``(*batch, G, n, m)``, usually float64 from ``LinearizedNetwork.grams``; may require gradients.
     :param variance: ``(*batch, G)``; its dtype is that of the operator. Batch shapes are broadcast.
-    :raises ValueError: (GPyTorch's debug mode) other shapes, or a different number of groups.
+    :raises ValueError: other shapes, or a different number of groups.
 
     Cost: O(G·n·m) time and n·m numbers for the sum, once; then O(n·m) per product with a vector. A gradient is
     O(n·m·(G + k)) for k vectors.
@@ -52,6 +52,9 @@ class GroupedGramOperator(LinearOperator):
         grams: Tensor,  # shape: (*batch, G, n, m)
         variance: Tensor,  # shape: (*batch, G)
     ) -> None:
+        error = self._check_args(grams, variance)
+        if error is not None:
+            raise ValueError(error)
         batch = torch.broadcast_shapes(grams.shape[:-3], variance.shape[:-1])
         grams = grams if grams.shape[:-3] == batch else grams.expand(*batch, *grams.shape[-3:])
         variance = variance if variance.shape[:-1] == batch else variance.expand(*batch, variance.shape[-1])

@@ -7,16 +7,19 @@ from itertools import product
 from typing import Any
 
 import torch
-from linear_operator.operators import LinearOperator
+from linear_operator.operators import DenseLinearOperator, LinearOperator
 from linear_operator.operators._linear_operator import IndexType
 from torch import Tensor
 
 from ntkgp.linearization.grams import block_rows
-from ntkgp.operators.handle import NetworkHandle, needs_graph, point_grams, same
+from ntkgp.operators.handle import NetworkHandle, point_grams
+from ntkgp.operators.second_order import needs_graph, second_order
 
 __all__ = ["NeuralTangentOperator"]
 
 _ALL = slice(None, None, None)
+# As many rows or columns are evaluated when they are taken out one by one.
+_FEW = 64
 _Index = tuple[int, ...]
 
 
@@ -29,18 +32,18 @@ class NeuralTangentOperator(LinearOperator):
 
     Rows are input-major: the C outputs of one input are adjacent. A product pulls back with :math:`J_2^\top`, scales,
     and pushes forward with :math:`J_1`. Gradients with respect to inputs come from differentiating
-    :math:`x \mapsto \langle l, J(x) v \rangle` with the other factor held fixed, in chunks of rows. Pearlmutter 1994,
-    *Fast exact multiplication by the Hessian*, for products with a Jacobian that is not formed.
+    :math:`x \mapsto \langle J(x)^\top l, v \rangle` with the other factor held fixed, in chunks of
+    rows. Pearlmutter 1994, *Fast exact multiplication by the Hessian*, for products without forming the matrix.
 
     :param x1: packed inputs ``(*batch, N1, D)``.
     :param x2: packed inputs ``(*batch, N2, D)``.
     :param variance: :math:`v_g = 1/\lambda_g`, ``(*batch, G)``. Batch shapes are broadcast.
     :param handle: the network, in a :class:`NetworkHandle` so that ``to``, ``double`` or ``half`` never reach it.
-    :raises ValueError: (GPyTorch's debug mode) another shape, or no handle.
+    :raises ValueError: another shape, or no handle.
 
     Cost: a product with k vectors is k vjp's over N2 and k jvp's over N1 inputs, and O(k·P) memory, k in chunks. Passes
-    run in the network's dtype; the result has that of ``x1``. ``to_dense`` without gradients goes through per-group
-    Gram blocks, O(N1·N2·C²·P) flops.
+    run in the network's dtype; the result has that of ``x1``. ``to_dense`` without gradients works on blocks of
+    Jacobian rows, O(N1·N2·C²·P) flops.
 
     Example:
         >>> import torch, ntkgp
@@ -71,8 +74,9 @@ class NeuralTangentOperator(LinearOperator):
         variance: Tensor,  # shape: (*batch, G)
         handle: NetworkHandle,
     ) -> None:
-        if not isinstance(handle, NetworkHandle):
-            raise ValueError(self._check_args(x1, x2, variance, handle))
+        error = self._check_args(x1, x2, variance, handle)
+        if error is not None:
+            raise ValueError(error)
         batch = torch.broadcast_shapes(x1.shape[:-2], x2.shape[:-2], variance.shape[:-1])
         x1 = x1 if x1.shape[:-2] == batch else x1.expand(*batch, *x1.shape[-2:])
         x2 = x2 if x2.shape[:-2] == batch else x2.expand(*batch, *x2.shape[-2:])
@@ -137,8 +141,9 @@ class NeuralTangentOperator(LinearOperator):
         for x1, x2, indices in operator._by_inputs():
             results = []
             for places, (u,) in operator._columns(indices, rhs):
-                v = self.lin.vjp(x2, u) * operator._scale(indices, places)
-                results.append(self.lin.jvp(x1, v).flatten(-2))
+                with second_order(x1, x2):
+                    v = self.lin.vjp(x2, u) * operator._scale(indices, places)
+                    results.append(self.lin.jvp(x1, v).flatten(-2))
             product_ = torch.cat(results).unflatten(0, (len(indices), -1)).mT.to(self.dtype)
             for entry, index in enumerate(indices):
                 out[index] = product_[entry]
@@ -187,8 +192,8 @@ class NeuralTangentOperator(LinearOperator):
         for block, weights in zip(x.split(rows), u.split(rows, dim=1), strict=True):
             with torch.enable_grad():
                 leaf = block.detach().requires_grad_()
-                pushed = self.lin.jvp(leaf, v)
-                total = (pushed * weights.to(pushed.dtype)).sum()
+                with second_order(leaf):
+                    total = (self.lin.vjp(leaf, weights) * v).sum()
                 grad = torch.autograd.grad(total, leaf, allow_unused=True)[0] if total.requires_grad else None
             grads.append(torch.zeros_like(block) if grad is None else grad)
         return torch.cat(grads)
@@ -242,39 +247,44 @@ class NeuralTangentOperator(LinearOperator):
         batch_is_slices = not any(isinstance(i, Tensor) for i in batch_indices)
         simple = batch_is_slices or (isinstance(rows, slice) and isinstance(cols, slice))
         if rows is None or cols is None or not simple:
-            return super()._getitem(row_index, col_index, *batch_indices)
+            return self._getitem_unaligned(row_index, col_index, *batch_indices)
         variance = self.variance[batch_indices] if batch_indices else self.variance
         of_rows, of_cols = (*batch_indices, rows), (*batch_indices, cols)
         return self.__class__(self.x1[of_rows], self.x2[of_cols], variance, handle=self.handle)
 
+    def _getitem_unaligned(
+        self, row_index: IndexType, col_index: IndexType, *batch_indices: IndexType
+    ) -> LinearOperator:
+        """A part of some inputs' outputs: a few rows or columns are evaluated, a large part is interpolated."""
+        rows = torch.arange(self.shape[-2], device=self.device)[row_index]
+        cols = torch.arange(self.shape[-1], device=self.device)[col_index]
+        if min(rows.numel(), cols.numel()) > _FEW or rows.dim() > 1 or cols.dim() > 1:
+            return super()._getitem(row_index, col_index, *batch_indices)
+        whole = self._getitem(_ALL, _ALL, *batch_indices) if batch_indices else self
+        c = self.num_outputs
+        points1, at1 = torch.unique(rows // c, return_inverse=True)
+        points2, at2 = torch.unique(cols // c, return_inverse=True)
+        x1, x2 = whole.x1[..., points1, :], whole.x2[..., points2, :]
+        part = self.__class__(x1, x2, whole.variance, handle=self.handle).to_dense()
+        return DenseLinearOperator(part[..., at1 * c + rows % c, :][..., at2 * c + cols % c])
+
     def to_dense(self) -> Tensor:  # shape: (*batch, N1·C, N2·C)
         """
-        Evaluate the matrix, by per-group Gram blocks of rows that fit in the handle's budget.
+        Evaluate the matrix from blocks of Jacobian rows that fit in the handle's budget.
 
-        With gradients, or where not even one row of inputs fits, by one product per column, whose derivative keeps
-        nothing.
+        With gradients, or where not even one row fits, by one product per column, whose derivative keeps nothing.
         """
-        if needs_graph(self.x1, self.x2, self.variance) or self._rows_per_gram() < 1:
+        if needs_graph(self.x1, self.x2, self.variance) or not self._one_row_fits():
             return super().to_dense()
         out = torch.empty(self.shape, dtype=self.dtype, device=self.device)
-        rows, c = self._rows_per_gram(), self.num_outputs
         for x1, x2, indices in self._by_inputs():
-            for start in range(0, len(x1), rows):
-                block = x1[start : start + rows]
-                other = None if same(block, x2) else x2
-                grams = self.lin.grams(block, other, max_memory=self.handle.max_memory)
-                for index in indices:
-                    total = (self.variance[index].to(grams.dtype) @ grams.flatten(1)).reshape(grams.shape[1:])
-                    out[index][start * c : (start + len(block)) * c] = total.to(self.dtype)
+            for index in indices:
+                out[index] = self.lin.weighted_gram(x1, x2, self.variance[index], self.handle.max_memory).to(self.dtype)
         return out
 
-    def _rows_per_gram(self) -> int:
-        """Number of inputs of x1 whose Grams with all of x2 fit in the budget, 0 if none does."""
-        n1, n2 = self.x1.shape[-2], self.x2.shape[-2]
-        result = 8 * len(self.lin.groups.names) * self.num_outputs**2 * n2
-        rows = max(1, min(n1, self.handle.max_memory // (2 * result)))
+    def _one_row_fits(self) -> bool:
         try:
-            block_rows(self.lin, rows, n2, self.handle.max_memory)
+            block_rows(self.lin, 1, 1, self.handle.max_memory)
         except ValueError:
-            return 0
-        return rows
+            return False
+        return True

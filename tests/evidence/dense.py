@@ -97,16 +97,19 @@ def targets_of(model: Linear, seed: int, noise: float = 0.1) -> Tensor:
     return model.network + drift + math.sqrt(noise) * randn(g, len(model.network))
 
 
-def gaussian_problem(
-    model: Linear, y: Tensor, noise: NoiseModel | None = None, outputs: int = 1
-) -> GaussianEvidence:
+def gaussian_problem(model: Linear, y: Tensor, noise: NoiseModel | None = None, outputs: int = 1) -> GaussianEvidence:
     noise = NoiseModel.homoscedastic(len(y), 0.1) if noise is None else noise
     return GaussianEvidence(model.grams, y - model.offset, noise, outputs, observations=y, **model.shared())
 
 
-def softmax_problem(seed: int, points: int, classes: int, variant: str = "simple", **kwargs) -> tuple[Linear, SoftmaxEvidence]:
+def softmax_problem(
+    seed: int, points: int, classes: int, variant: str = "simple", **kwargs
+) -> tuple[Linear, SoftmaxEvidence]:
     model = linear_model(seed, points * classes, **kwargs)
-    labels = torch.randint(max(classes, 2), (points,), generator=generator(seed + 1))
+    logits = model.network.reshape(points, classes)
+    # Labels drawn from the network's own probabilities: a network that fits its data as far as they are predictable.
+    p = logits.softmax(-1) if classes > 1 else torch.cat([1 - logits.sigmoid(), logits.sigmoid()], -1)
+    labels = torch.multinomial(p, 1, generator=generator(seed + 1))[:, 0]
     return model, softmax_evidence(model, labels, classes, variant)
 
 

@@ -125,9 +125,7 @@ def test_b16_mackay_step_of_a_homoscedastic_problem_is_the_textbook_update(model
     close(found.step.exp() * torch.cat([precision, noise.values]), update, 1e-8)
     classic = evidence_objective(problem, "theta_map").evaluate(precision)
     residual = (problem.targets - model.jacobian @ model.weights).square().sum()
-    update = torch.cat(
-        [primal["gamma"] / model.theta_norms, (residual / (ROWS - primal["gamma"].sum())).reshape(1)]
-    )
+    update = torch.cat([primal["gamma"] / model.theta_norms, (residual / (ROWS - primal["gamma"].sum())).reshape(1)])
     close(classic.step.exp() * torch.cat([precision, noise.values]), update, 1e-8)
 
 
@@ -223,14 +221,18 @@ def test_property_value_gradient_and_dimension(seed, sizes, points, kind, spread
     base = noise_models(rows)[kind]
     noise = NoiseModel(base.fixed, base.component, base.values * math.exp(log_noise))
     problem = dense.gaussian_problem(model, dense.targets_of(model, seed), noise, 3)
-    logs = spread * math.log(1e4) * (2 * torch.rand(len(sizes), generator=dense.generator(seed), dtype=torch.float64) - 1)
+    logs = (
+        spread * math.log(1e4) * (2 * torch.rand(len(sizes), generator=dense.generator(seed), dtype=torch.float64) - 1)
+    )
     found = evidence_objective(problem).evaluate(logs.exp())
     variance = noise.diagonal()
     cov = torch.einsum("g,gnm->nm", (-logs).exp(), model.grams) + torch.diag(variance)
     tolerance = 1e-14 * float(torch.linalg.cond(cov)) + 1e-11
     close(found.value, dense.marginal(model, problem.targets, logs.exp(), variance), tolerance)
     reference = dense.log_gradient(
-        lambda lam, values: dense.marginal(model, problem.targets, lam, noise.diagonal(values)), logs, noise.values.log()
+        lambda lam, values: dense.marginal(model, problem.targets, lam, noise.diagonal(values)),
+        logs,
+        noise.values.log(),
     )
     scale = float(torch.maximum(found.pull, found.push).max())
     assert float((found.gradient - reference).abs().max()) <= 100 * tolerance * scale

@@ -25,6 +25,13 @@ def live(objective, optimum) -> torch.Tensor:
     return out
 
 
+def assert_monotone(found) -> None:
+    """Each accepted step raises the evidence, up to its own rounding error."""
+    rounding = found.evaluation.rounding + 1e-13 * (abs(found.evaluation.value) + ROWS)
+    assert rounding < 1e-6
+    assert all(after >= before - rounding for before, after in zip(found.trace, found.trace[1:], strict=False))
+
+
 def assert_same_optimum(objective) -> None:
     one, two = fixed_point(objective), lbfgs(objective)
     assert one.converged, one.notes
@@ -34,10 +41,8 @@ def assert_same_optimum(objective) -> None:
     assert float((one.x - two.x)[both].abs().max()) <= 1e-5
     assert abs(one.evaluation.value - two.evaluation.value) <= 1e-9 * (abs(one.evaluation.value) + ROWS)
     for found in (one, two):
-        assert min(b - a for a, b in zip(found.trace, found.trace[1:], strict=False)) >= -1e-11 * abs(found.trace[-1])
-        free = both & (objective.limits()[1] > found.x)
-        assert float(found.evaluation.gradient[free].abs().max()) <= 1e-8 * ROWS
-        assert found.trace[-1] == max(found.trace) or found.trace[-1] == pytest.approx(max(found.trace), rel=1e-11)
+        assert_monotone(found)
+        assert float(found.evaluation.gradient[both].abs().max()) <= 1e-8 * ROWS
 
 
 @pytest.mark.parametrize("where", ["theta_star", "theta_map"])
@@ -104,6 +109,8 @@ def test_a_useless_group_is_pruned():
         assert float(found.evaluation.effective_dimension[1]) < PRUNED_DIMENSION
         assert float(found.x[1]) == pytest.approx(float(objective.limits()[1][1]))
         assert bool((found.evaluation.effective_dimension[[0, 2]] > 1).all())
+    # Trying the bound directly saves the slow approach to it in log lambda (32 evaluations without).
+    assert fixed_point(objective).evaluations <= 24
 
 
 def test_a_group_without_any_influence_does_not_block_convergence():
@@ -135,7 +142,9 @@ def test_proposition_3_predictions_do_not_depend_on_the_scale_of_a_group(k):
         assert found.converged
         precision, noise = objective.split(found.x)
         rows = torch.cat([part / f for part, f in zip(test.split([20, 40, 30], -1), factors, strict=True)], -1)
-        results.append((*predict(scaled, precision, noise, problem.targets, rows), torch.tensor(found.evaluation.value)))
+        results.append(
+            (*predict(scaled, precision, noise, problem.targets, rows), torch.tensor(found.evaluation.value))
+        )
     for before, after in zip(*results, strict=True):
         assert float((after - before).abs().max()) <= 1e-6 * float(before.abs().max())
 
@@ -277,7 +286,7 @@ def test_property_converged_stationary_and_monotone(seed, sizes, scales, decay):
     found = fixed_point(objective)
     assert found.converged, (found.notes, found.evaluation.gradient)
     assert found.evaluations <= 120
-    assert min([b - a for a, b in zip(found.trace, found.trace[1:], strict=False)], default=0.0) >= -1e-9
+    assert_monotone(found)
     lower, upper = objective.limits()
     interior = (found.x > lower + 1e-6) & (found.x < upper - 1e-6)
     reference = dense.log_gradient(

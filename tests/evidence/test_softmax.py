@@ -1,4 +1,4 @@
-"""Classification evidence: curvature factor, damped Newton, the three variants, against dense weight-space references."""
+"""Classification evidence: curvature factor, damped Newton and the variants against dense weight-space references."""
 
 from __future__ import annotations
 
@@ -129,7 +129,7 @@ def test_a_bad_warm_start_costs_no_accuracy():
 def simple_value(model, labels, classes, logits, precision):
     """Profiled weight-space evidence whose autograd gradient is the total derivative in the precisions.
 
-    One differentiable Newton step from the converged mode carries d theta_star / d Lambda; no envelope theorem is assumed.
+    One differentiable Newton step from the converged mode carries d theta_star / d Lambda, with no envelope theorem.
     """
     with torch.no_grad():
         star = dense.softmax_mode(model, labels, classes, precision.detach())
@@ -259,7 +259,7 @@ def test_b26_scaling_weights_and_precisions_together_changes_nothing():
 
 
 def test_confident_network_gives_finite_numbers():
-    model, problem = dense.softmax_problem(7, 10, 3)
+    model, _ = dense.softmax_problem(7, 10, 3)
     loud = dense.Linear(model.blocks, model.theta, 300.0 * model.network)
     labels = loud.network.reshape(10, 3).argmax(-1)
     for name in ("simple", "quadratic"):
@@ -284,9 +284,7 @@ def test_property_value_and_gradient(seed, sizes, points, classes, spread):
     found = evidence_objective(problem).evaluate(logs.exp())
     reference = simple_value(model, problem.labels, classes, problem.logits, logs.exp())
     close(found.value, reference, 1e-8)
-    gradient = dense.log_gradient(
-        lambda lam: simple_value(model, problem.labels, classes, problem.logits, lam), logs
-    )
+    gradient = dense.log_gradient(lambda lam: simple_value(model, problem.labels, classes, problem.logits, lam), logs)
     scale = float(torch.maximum(found.pull, found.push).max())
     assert float((found.gradient - gradient).abs().max()) <= 1e-6 * scale
     assert found.gap <= 1e-8

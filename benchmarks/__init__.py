@@ -1,0 +1,1 @@
+"""Benchmarks: ratios between ways to compute the same thing, in one process."""
