@@ -18,6 +18,7 @@
 # set, samples, and the GPyTorch objects underneath.
 
 # %%
+# %matplotlib inline
 import os
 
 import gpytorch
@@ -72,7 +73,7 @@ print(report)
 
 # %%
 grid = torch.linspace(float(x.min()) - 1.5, float(x.max()) + 1.5, 300).unsqueeze(-1)
-model.eval()
+model = model.eval()
 with torch.no_grad():
     latent = model(grid)  # a gpytorch MultivariateNormal
     predictive = model.likelihood(latent)
@@ -96,8 +97,8 @@ model.train()
 mll = ExactMarginalLogLikelihood(model.likelihood, model)
 stock = float(mll(model(*model.train_inputs), model.train_targets).detach()) * len(x)
 print(f"report {report.log_evidence:.9f}, gpytorch {stock:.9f}")
-assert abs(stock - report.log_evidence) < 1e-6 * abs(stock)
-model.eval()
+assert abs(stock - report.log_evidence) < 1e-9 * abs(stock)
+model = model.eval()
 
 # %% [markdown]
 # Where the data are missing, the error bars grow; where they are, they shrink to the noise.
@@ -111,34 +112,46 @@ assert SMOKE or gap > 3 * data
 # %% [markdown]
 # ## Classification in one call
 #
-# A small CNN with BatchNorm on 8×8 digits. `from_network` linearises it, builds the GP with the full softmax curvature and fits
-# the evidence.
+# A small CNN with BatchNorm on 120 digits of 8×8 pixels, trained with weight decay. `from_network` linearises it, builds the GP with the
+# full softmax curvature and fits the evidence.
 
 # %%
-cls = digits(seed=0, train_size=60 if SMOKE else 150)
+cls = digits(seed=0, train_size=60 if SMOKE else 120)
 with seeded(0):
     cnn = nn.Sequential(
-        nn.Conv2d(1, 8, 3, padding=1), nn.BatchNorm2d(8), nn.ReLU(), nn.MaxPool2d(2),
-        nn.Conv2d(8, 16, 3, padding=1), nn.BatchNorm2d(16), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(16, 10),
+        nn.Conv2d(1, 8, 3, padding=1, bias=False), nn.BatchNorm2d(8), nn.ReLU(), nn.MaxPool2d(2),
+        nn.Conv2d(8, 16, 3, padding=1, bias=False), nn.BatchNorm2d(16), nn.ReLU(), nn.MaxPool2d(2), nn.Flatten(), nn.Linear(64, 10),
     )  # fmt: skip
-train(cnn, cls.x_train, cls.labels_train, steps=50 if SMOKE else 300, batch_size=50, learning_rate=1e-2)
+train(
+    cnn, cls.x_train, cls.labels_train, steps=50 if SMOKE else 300, batch_size=40, learning_rate=1e-2, weight_decay=3.0
+)
 classifier = ntkgp.from_network(cnn, (cls.x_train, cls.labels_train), likelihood="classification")
 print(classifier.report)
 
+# %% [markdown]
+# Two predictive means are on offer: the network's own output (`mean="network"`, the default), and the mode of the tangent model
+# (`mean="posterior"`). With so few data the posterior is wide. Around the network's own logits that makes the probabilities too
+# cautious; the posterior mean, which belongs to the same model as the variance, is better calibrated here than either.
+
 # %%
-x_test, labels_test = cls.x_test[:200 if SMOKE else 1000], cls.labels_test[:200 if SMOKE else 1000]
+count = 100 if SMOKE else 500
+x_test, labels_test = cls.x_test[:count], cls.labels_test[:count]
+probabilities = {}
 with torch.no_grad():
-    softmax = cnn(x_test).softmax(-1)
-    probit = classifier.likelihood(classifier(x_test)).probs
-for name, probabilities in (("network", softmax), ("GP", probit)):
+    probabilities["network alone"] = cnn(x_test).softmax(-1)
+    for mean in ("network", "posterior"):
+        classifier.mean = mean
+        probabilities[f"GP, mean {mean}"] = classifier.likelihood(classifier(x_test)).probs
+scores = {name: float(categorical_nll(p, labels_test)) for name, p in probabilities.items()}
+for name, p in probabilities.items():
     print(
-        f"{name:>8}: accuracy {accuracy(probabilities, labels_test):.3f}, NLL {categorical_nll(probabilities, labels_test):.3f}, "
-        f"ECE {expected_calibration_error(probabilities, labels_test):.3f}"
+        f"{name:>18}: accuracy {accuracy(p, labels_test):.3f}, NLL {scores[name]:.3f}, "
+        f"ECE {expected_calibration_error(p, labels_test):.3f}"
     )
-assert SMOKE or categorical_nll(probit, labels_test) < categorical_nll(softmax, labels_test)
+assert SMOKE or scores["GP, mean posterior"] < scores["network alone"]
 
 # %%
 figure, axes = new_figure(1, 2, (9.0, 3.6))
-reliability_diagram({"network": (softmax, labels_test), "GP": (probit, labels_test)}, ax=axes[0])
+reliability_diagram(probabilities, labels_test, ax=axes[0])
 classifier.report.plot_groups(ax=axes[1])
 figure

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 DOUBLE = torch.float64
 
 
-# --- networks ------------------------------------------------------------------------------------------------------
+# --- networks -------------------------------------------------------------------------------------
 
 
 def _double(net: nn.Module) -> nn.Module:
@@ -89,7 +89,7 @@ def jacobian(net: nn.Module, inputs, names: list[str] | None = None) -> Tensor:
     return torch.stack(rows).reshape(_length(inputs), -1, rows[0].numel())
 
 
-# --- Gaussian likelihood ---------------------------------------------------------------------------------------------
+# --- Gaussian likelihood --------------------------------------------------------------------------
 
 
 def _per_group(values: Tensor, index: Tensor) -> Tensor:
@@ -152,7 +152,7 @@ def map_log_evidence(j: Tensor, t: Tensor, theta: Tensor, precision: Tensor, noi
     return gaussian_log_likelihood(t, j @ theta, noise) - float((precision * theta.square()).sum()) / 2 - logdet / 2
 
 
-# --- softmax and logistic likelihood -----------------------------------------------------------------------------------
+# --- softmax and logistic likelihood --------------------------------------------------------------
 
 
 def probabilities(logits: Tensor) -> Tensor:
@@ -215,7 +215,7 @@ def softmax_primal(
     return Posterior(theta_star, covariance, gamma, _per_group(theta_star.square(), index), logdet, evidence)
 
 
-# --- sampled data and trained networks ---------------------------------------------------------------------------------
+# --- sampled data and trained networks ------------------------------------------------------------
 
 
 @contextmanager

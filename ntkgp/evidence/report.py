@@ -110,24 +110,27 @@ class EvidenceReport:
         return ax
 
     def plot_groups(self, ax: Axes | None = None) -> Axes:
-        """Draw precision (bars, logarithmic, lower axis) and effective dimension (dots, upper axis) of each group.
+        """Draw effective dimension (bars, lower axis) and precision (dots, logarithmic upper axis) of each group.
 
         :param ax: matplotlib axes (default: those of a new figure).
         :raises ImportError: when matplotlib is not installed.
         """
         ax = _axes(ax)
         rows = list(range(len(self.group_names)))
-        colors = ["0.8" if name in self.pruned else "tab:blue" for name in self.group_names]
-        ax.barh(rows, self.precision.tolist(), color=colors)
-        ax.set_xscale("log")
-        ax.set_xlabel("precision (grey: pruned)", color="tab:blue")
+        colors = ["tab:red" if name in self.pruned else "tab:blue" for name in self.group_names]
+        ax.barh(rows, self.effective_dimension.tolist(), color="tab:orange", alpha=0.6)
+        ax.set_xlim(left=0.0)
+        ax.set_xlabel("effective dimension", color="tab:orange")
         labels = [name if len(name) <= 40 else name[:39] + "…" for name in self.group_names]
         ax.set_yticks(rows, labels)
         ax.invert_yaxis()
         upper: Any = ax.twiny()
-        upper.plot(self.effective_dimension.tolist(), rows, "o", color="tab:orange")
-        upper.set_xlim(left=0.0)
-        upper.set_xlabel("effective dimension", color="tab:orange")
+        upper.scatter(self.precision.tolist(), rows, c=colors, zorder=3)
+        upper.set_xscale("log")
+        # A decade of room on each side, so that nearly equal precisions do not look different.
+        low, high = float(self.precision.min()), float(self.precision.max())
+        upper.set_xlim(low / 10.0, high * 10.0)
+        upper.set_xlabel("precision" + (" (red: pruned)" if self.pruned else ""), color="tab:blue")
         return ax
 
 

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import copy
+import functools
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from gpytorch.kernels import AdditiveKernel, Kernel, ProductKernel
-from linear_operator import to_linear_operator
+from linear_operator import to_dense, to_linear_operator
 from linear_operator.operators import KroneckerProductLinearOperator, LinearOperator
 from torch import Tensor
 
@@ -66,7 +69,32 @@ class MultioutputArithmetic(Kernel):
         return SharedKernel(other, self.num_outputs, identical=identical)
 
 
-class MultioutputSum(MultioutputArithmetic, AdditiveKernel):
+class _Composed(MultioutputArithmetic):
+    """
+    A kernel without parameters of its own, whose batch shape is that of its parts.
+
+    GPyTorch's ``expand_batch`` writes expanded parts under dotted names where nobody looks for them, and its
+    ``__getitem__`` keeps the batch shape of before.
+    """
+
+    def _with_parts(self, change: Callable[[Kernel], Kernel]) -> Kernel:
+        new = copy.deepcopy(self)
+        if isinstance(self, SharedKernel):
+            new.base_kernel = change(self.base_kernel)
+        else:
+            new.kernels = torch.nn.ModuleList(change(kernel) for kernel in self.kernels)
+        new.batch_shape = torch.Size([])
+        return new
+
+    def __getitem__(self, index: Any) -> Kernel:
+        return self._with_parts(lambda kernel: kernel[index])
+
+    def expand_batch(self, *sizes: Any) -> Kernel:
+        """The same kernel with the parameters of all parts expanded to a batch shape."""
+        return self._with_parts(lambda kernel: kernel.expand_batch(*sizes))
+
+
+class MultioutputSum(_Composed, AdditiveKernel):
     """A sum of kernels with C outputs each."""
 
     @property
@@ -75,8 +103,14 @@ class MultioutputSum(MultioutputArithmetic, AdditiveKernel):
         return outputs_of(self.kernels[0])
 
 
-class MultioutputProduct(MultioutputArithmetic, ProductKernel):
-    """An elementwise product of kernels with C outputs each."""
+class MultioutputProduct(_Composed, ProductKernel):
+    """An elementwise product of kernels with C outputs each, as a dense matrix."""
+
+    def forward(self, x1: Tensor, x2: Tensor, diag: bool = False, **params: Any) -> Tensor:
+        """Product of the covariances, or of the variances with ``diag=True``."""
+        # linear_operator multiplies low-rank roots, which a singular factor such as 1 1ᵀ does not have exactly.
+        terms = [to_dense(kernel(x1, x2, diag=diag, **params)) for kernel in self.kernels]
+        return functools.reduce(torch.mul, terms)
 
     @property
     def num_outputs(self) -> int:  # type: ignore[override]
@@ -84,7 +118,7 @@ class MultioutputProduct(MultioutputArithmetic, ProductKernel):
         return outputs_of(self.kernels[0])
 
 
-class SharedKernel(MultioutputArithmetic):
+class SharedKernel(_Composed):
     r"""
     An ordinary kernel for all C outputs of a multi-output model, in GPyTorch's interleaved order,
 

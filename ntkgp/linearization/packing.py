@@ -10,26 +10,32 @@ import torch
 from torch import Tensor
 
 
-def _flatten(tree: Any, leaves: list[Any]) -> Any:
+def _flatten(tree: Any, leaves: list[Any], like: Any) -> Any:
     """Collect the leaves in order; the structure returned has their positions in their places."""
     if isinstance(tree, Mapping):
-        return {key: _flatten(value, leaves) for key, value in tree.items()}
-    if isinstance(tree, tuple) and hasattr(tree, "_fields"):
-        return type(tree)(*(_flatten(value, leaves) for value in tree))
+        # Two dicts are one structure in whatever order their keys were written.
+        alike = isinstance(like, dict) and set(like) == set(tree)
+        return {key: _flatten(tree[key], leaves, like[key] if alike else None) for key in (like if alike else tree)}
     if isinstance(tree, tuple | list):
-        return type(tree)(_flatten(value, leaves) for value in tree)
+        alike = isinstance(like, tuple | list) and len(like) == len(tree)
+        parts = [_flatten(value, leaves, like[i] if alike else None) for i, value in enumerate(tree)]
+        return type(tree)(*parts) if hasattr(tree, "_fields") else type(tree)(parts)
     leaves.append(tree)
     return len(leaves) - 1
 
 
-def tree_flatten(tree: Any) -> tuple[list[Any], Any]:
+def tree_flatten(tree: Any, like: Any = None) -> tuple[list[Any], Any]:
     """Leaves and structure of nested mappings, tuples, named tuples and lists.
+
+    :param like: a structure whose order of keys is followed.
 
     >>> tree_flatten({"a": 1, "b": (2, [3])})
     ([1, 2, 3], {'a': 0, 'b': (1, [2])})
+    >>> tree_flatten({"b": 1, "a": 2}, like={"a": 0, "b": 1})
+    ([2, 1], {'a': 0, 'b': 1})
     """
     leaves: list[Any] = []
-    structure = _flatten(tree, leaves)
+    structure = _flatten(tree, leaves, like)
     return leaves, structure
 
 
@@ -100,7 +106,7 @@ class InputPacking:
 
     def is_raw(self, x: Any) -> bool:
         """Whether ``x`` has the structure of the example."""
-        leaves, spec = tree_flatten(x)
+        leaves, spec = tree_flatten(x, self._spec)
         return spec == self._spec and all(
             isinstance(leaf, Tensor)
             and leaf.shape[1:] == shape
@@ -122,7 +128,7 @@ class InputPacking:
                 self._check_leaves([inputs], name)
                 return self._finite(inputs, name)
             self._explain(inputs, name)
-        leaves = tree_flatten(inputs)[0]
+        leaves = tree_flatten(inputs, self._spec)[0]
         self._check_leaves(leaves, name)
         if self._single:
             return self._finite(leaves[0].reshape(leaves[0].shape[0], -1), name)
@@ -146,7 +152,7 @@ class InputPacking:
             f"{str(dtype).removeprefix('torch.')} of shape (N, {', '.join(map(str, shape))})"
             for dtype, shape in zip(self.dtypes, self.shapes, strict=True)
         )
-        leaves, spec = tree_flatten(inputs)
+        leaves, spec = tree_flatten(inputs, self._spec)
         came = ", ".join(_describe(leaf) for leaf in leaves)
         message = f"{name}: expected {expected}, or a packed (N, {self.width}) tensor; got {came}"
         if spec == self._spec and all(

@@ -322,7 +322,10 @@ def test_plots(regression, tmp_path):
     own = figure.subplots()
     assert report.plot(own) is own
     bars = report.plot_groups()
-    assert [bar.get_width() for bar in bars.patches] == report.precision.tolist()
+    assert [bar.get_width() for bar in bars.patches] == report.effective_dimension.tolist()
+    (upper,) = (other for other in bars.figure.axes if other is not bars)
+    assert upper.get_xscale() == "log"
+    assert upper.collections[0].get_offsets()[:, 0].tolist() == report.precision.tolist()
     assert [label.get_text() for label in bars.get_yticklabels()] == list(report.group_names)
     bars.figure.savefig(tmp_path / "groups.png")
     ax.figure.savefig(tmp_path / "trace.png")

@@ -4,19 +4,20 @@ from __future__ import annotations
 
 import copy
 import functools
+import itertools
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
 
 import gpytorch
-import ntkgp
 import torch
 from gpytorch.constraints import Positive
 from hypothesis import HealthCheck, Phase, example, given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
+import ntkgp
 from tests import reference as ref
 
 DOUBLE = torch.float64
@@ -195,6 +196,11 @@ class Problem:
         return max(base, unit * (20 * self.condition if conditioned and self.dtype == DOUBLE else
                                  self.condition if conditioned else 10))  # fmt: skip
 
+    def regroup(self, groups: str) -> Problem:
+        """The same data with another partition, all precisions one."""
+        count = len(ntkgp.LinearizedNetwork(self.net, self.x, groups=groups).groups)
+        return replace(self, groups=groups, raw_precision=torch.ones(count, dtype=DOUBLE), unit_scale=False)
+
     # -- the package's objects --
 
     @cached_property
@@ -308,7 +314,7 @@ def law(*references: str, examples: int = 4, **fixed: Any) -> Callable[[Callable
     return decorate
 
 
-# --- changes of a network that must not matter ----------------------------------------------------------------------------
+# --- changes of a network that must not matter ----------------------------------------------------
 
 
 def _blocks(net: nn.Sequential) -> list[tuple[nn.Module, nn.Module | None, nn.Module]]:
@@ -316,8 +322,7 @@ def _blocks(net: nn.Sequential) -> list[tuple[nn.Module, nn.Module | None, nn.Mo
     weighted = [i for i, m in enumerate(net) if isinstance(m, nn.Linear | nn.Conv2d)]
     norms = (nn.LayerNorm, nn.BatchNorm1d, nn.GroupNorm, nn.RMSNorm)
     return [
-        (net[i], net[i + 1] if isinstance(net[i + 1], norms) else None, net[k])
-        for i, k in zip(weighted[:-1], weighted[1:], strict=True)
+        (net[i], net[i + 1] if isinstance(net[i + 1], norms) else None, net[k]) for i, k in itertools.pairwise(weighted)
     ]
 
 

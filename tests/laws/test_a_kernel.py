@@ -5,11 +5,11 @@ from __future__ import annotations
 import copy
 from dataclasses import replace
 
-import ntkgp
 import pytest
 import torch
 from torch import nn
 
+import ntkgp
 from tests import reference as ref
 from tests.laws.problems import (
     DOUBLE,
@@ -112,11 +112,7 @@ def test_A5_order_of_hidden_units_does_not_matter(p):
 
 @law("R", "C", normalizer=("layer", "group", "rms"), groups="normalization", dtype=DOUBLE)
 def test_A6_euler_identity_of_normalised_groups(p):
-    q = (
-        p
-        if p.groups == "normalization"
-        else replace(p, groups="normalization", raw_precision=torch.ones(3, dtype=DOUBLE))
-    )
+    q = p.regroup("normalization")
     normalized = q.lin.groups.is_normalized
     assert sum(normalized) >= 2
     error = q.lin.groups.verify(q.x)
@@ -139,7 +135,7 @@ def test_A6n_other_groups_do_not_satisfy_it():
             assert p.lin.jvp(p.x, part).square().mean().sqrt() > 1e-3
             assert p.lin.groups.verify(p.x)[g] > 1e-3
     p = problem("BN")
-    q = replace(p, groups="normalization", raw_precision=torch.ones(4, dtype=DOUBLE))
+    q = p.regroup("normalization")
     assert q.lin.groups.is_normalized == (True, True, True, False)
     for g in range(3):
         part = torch.where(q.index == g, q.lin.theta, 0.0)
