@@ -6,9 +6,9 @@ from gpytorch.means import Mean
 from torch import Tensor
 
 from ntkgp.linearization import LinearizedNetwork
+from ntkgp.linearization.second_order import needs_graph
 from ntkgp.operators import NetworkHandle
 from ntkgp.operators.handle import ValueCache
-from ntkgp.operators.second_order import needs_graph, second_order
 
 __all__ = ["LinearizedMean", "NetworkMean"]
 
@@ -58,8 +58,7 @@ class NetworkMean(Mean):
         """Evaluate the mean."""
         flat = x.reshape(-1, x.shape[-1])
         if needs_graph(x):
-            with second_order(x):
-                value = self._value(flat)
+            value = self._value(flat)
         else:
             num_bytes = flat.shape[0] * self.lin.num_outputs * flat.element_size()
             value = self._values.fetch((flat,), num_bytes, lambda: self._value(flat))

@@ -20,7 +20,6 @@ import time
 from collections import defaultdict
 from pathlib import Path
 
-import gpytorch
 import torch
 from torch import Tensor, nn
 
@@ -56,16 +55,12 @@ def evaluate(data: RegressionData, steps: int) -> list[tuple[str, float, float, 
     rows = [("network alone", *scores(prediction, error.expand(len(prediction)), data), seconds)]
     for groups, at in FITS:
         start = time.perf_counter()
-        lin = ntkgp.LinearizedNetwork(net, x[:8], groups=groups)
-        likelihood = gpytorch.likelihoods.GaussianLikelihood(noise_constraint=gpytorch.constraints.GreaterThan(1e-8))
-        model = ntkgp.ExactNTKGP(x, y, likelihood, lin)
-        report = ntkgp.fit_evidence(model, at=at)
-        model.eval()
+        model = ntkgp.from_network(net, (x, y), groups=groups, at=at)
         for mean in ("network", "posterior"):
             model.mean = mean
             with torch.no_grad():
                 predictive = model.likelihood(model(data.x_test))
-                row = f"{NAMES[groups]}, {NAMES[at]}, mean {mean}" + ("" if report.converged else " (!)")
+                row = f"{NAMES[groups]}, {NAMES[at]}, mean {mean}" + ("" if model.report.converged else " (!)")
                 rows.append((row, *scores(predictive.mean, predictive.variance, data), time.perf_counter() - start))
     return rows
 

@@ -75,6 +75,7 @@ def outputs(net: nn.Module, inputs) -> Tensor:
         return torch.stack([_run(net, _row(inputs, n)) for n in range(_length(inputs))])
 
 
+@torch.enable_grad()
 def jacobian(net: nn.Module, inputs, names: list[str] | None = None) -> Tensor:
     """J(x), (N, C, P): a loop over rows and outputs, a backward pass each."""
     net = _double(net)
@@ -226,6 +227,7 @@ def seeded(seed: int) -> Iterator[torch.Generator]:
         yield torch.Generator().manual_seed(seed)
 
 
+@torch.enable_grad()
 def train(net: nn.Module, loss: Callable[[], Tensor], steps: int) -> nn.Module:
     """Full-batch Adam, lr 1e-2, weight decay 1e-3; the network is left in eval mode."""
     optimizer = torch.optim.Adam(net.parameters(), lr=1e-2, weight_decay=1e-3)

@@ -14,9 +14,9 @@ from ntkgp.kernels.composition import MultioutputArithmetic
 from ntkgp.kernels.priors import FlatLogPrior
 from ntkgp.linearization import LinearizedNetwork
 from ntkgp.linearization.grams import block_rows
+from ntkgp.linearization.second_order import needs_graph
 from ntkgp.operators import GroupedGramOperator, NetworkHandle, NeuralTangentOperator
 from ntkgp.operators.handle import ValueCache, point_grams, same
-from ntkgp.operators.second_order import needs_graph, second_order
 
 __all__ = ["NeuralTangentKernel"]
 
@@ -180,8 +180,7 @@ class NeuralTangentKernel(MultioutputArithmetic):
             return NeuralTangentOperator(x1, x2, variance, self._handle)
         batch = torch.broadcast_shapes(x1.shape[:-2], x2.shape[:-2])
         if needs_graph(x1, x2):
-            with second_order(x1, x2):
-                grams = self._batch_grams(x1, x2, batch)
+            grams = self._batch_grams(x1, x2, batch)
         else:
             num_bytes = self._gram_bytes(batch1, batch2)
             grams = self._grams.fetch((batch1, batch2), num_bytes, lambda: self._batch_grams(batch1, batch2, batch))

@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.func import functional_call, jacrev, jvp, vjp, vmap
+from torch.func import functional_call, jvp, vjp, vmap
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -40,6 +40,7 @@ def pass_environment(device: torch.device | None = None) -> Iterator[None]:
             torch.enable_grad(),
         ):
             # torch's forward mode loads its own decompositions by a deprecated call when first used.
+            warnings.filterwarnings("ignore", message="There is a performance drop", category=UserWarning)
             warnings.filterwarnings("ignore", message="`torch.jit.script` is deprecated", category=DeprecationWarning)
             # vmap loops over rows where torch has no batched formula (weight norm); the result is the same.
             warnings.filterwarnings("ignore", message="There is a performance drop", category=UserWarning)
@@ -53,13 +54,32 @@ def _wants_graph(tensors: Sequence[Tensor]) -> bool:
 
 
 def private_copy(net: nn.Module) -> nn.Module:
-    """Deep copy in evaluation mode; tensors computed by hooks (old-style weight norm) are detached on the way."""
+    """Deep copy in evaluation mode; tensors that modules computed and kept (old-style weight norm) are detached."""
     memo: dict[int, Any] = {}
     for module in net.modules():
-        for value in vars(module).values():
+        for value in tree_leaves(dict(vars(module))):
             if isinstance(value, Tensor) and value.grad_fn is not None:
                 memo[id(value)] = value.detach().clone()
-    return copy.deepcopy(net, memo).eval()
+    copied = copy.deepcopy(net, memo).eval()
+    for module in copied.modules():
+        if isinstance(module, nn.Embedding | nn.EmbeddingBag):
+            module.sparse = False
+    return copied
+
+
+class _Attributes:
+    """What the modules of a network hold, put back after a pass: forward may keep tensors (of torch.func's inside)."""
+
+    def __init__(self, net: nn.Module) -> None:
+        self._held = [(m, dict(vars(m)), dict(m._buffers)) for m in net.modules()]
+
+    def restore(self) -> None:
+        """Put everything back that a pass assigned."""
+        for module, attributes, buffers in self._held:
+            module.__dict__.clear()
+            module.__dict__.update(attributes)
+            module._buffers.clear()
+            module._buffers.update(buffers)
 
 
 def pick_output(output: Any, select: Callable[[Any], Tensor] | None) -> Tensor:
@@ -137,6 +157,7 @@ class FrozenNetwork:
         ]
         self.device: torch.device = next(iter(self.theta.values())).device if self.theta else torch.device("cpu")
         self._modules: dict[torch.device, nn.Module] = {self.device: module}
+        self._attributes = {id(module): _Attributes(module)}
         self._convention: str | None = None
         # Each is switched off by `probe` where torch.func cannot do it, or does it wrongly, for this module.
         self.functional = self.forward_mode = self.vectorized = True
@@ -144,7 +165,8 @@ class FrozenNetwork:
     def module(self, device: torch.device) -> nn.Module:
         """The private copy on a device."""
         if device not in self._modules:
-            self._modules[device] = copy.deepcopy(self._modules[self.device]).to(device)
+            moved = copy.deepcopy(self._modules[self.device]).to(device)
+            self._modules[device], self._attributes[id(moved)] = moved, _Attributes(moved)
         return self._modules[device]
 
     def weights(self, device: torch.device) -> Weights:
@@ -173,13 +195,31 @@ class FrozenNetwork:
         :param cast: dtype of floating inputs, for a module that was moved to another dtype than the network's own.
         """
         args, kwargs = self._arguments(leaves, cast)
-        return pick_output(module(*args, **kwargs), self._select)
+        try:
+            return pick_output(module(*args, **kwargs), self._select)
+        finally:
+            self._restore(module)
+
+    def _restore(self, module: nn.Module) -> None:
+        if id(module) in self._attributes:
+            self._attributes[id(module)].restore()
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_attributes": None}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self._attributes = {id(module): _Attributes(module) for module in self._modules.values()}
 
     def __call__(self, weights: Weights, leaves: Sequence[Tensor]) -> Tensor:
         """f(x; θ) with the trainable weights replaced -> (N, C)."""
         args, kwargs = self._arguments(leaves)
-        output = functional_call(self.module(leaves[0].device), weights, args, kwargs)
-        return pick_output(output, self._select).reshape(leaves[0].shape[0], -1)
+        module = self.module(leaves[0].device)
+        try:
+            output = pick_output(functional_call(module, weights, args, kwargs), self._select)
+        finally:
+            self._restore(module)
+        return output.reshape(leaves[0].shape[0], -1)
 
     def forward(self, leaves: Sequence[Tensor]) -> Tensor:
         """f(x; θ̃) -> (N, C)."""
@@ -229,20 +269,26 @@ class FrozenNetwork:
             )
         )
 
-    def jacobian(self, leaves: Sequence[Tensor]) -> Weights:
-        """Rows of J by parameter name: {name: (N, C, *shape)}."""
+    def jacobian(self, leaves: Sequence[Tensor], cotangents: Tensor | None = None) -> Weights:
+        """Rows of U J by parameter name, {name: (N, K, *shape)}; by default U = I: the Jacobian itself.
+
+        :param cotangents: U, shape (K, C), the same for every input.
+        """
         if self.functional and self.vectorized:
 
-            def single(weights: Weights, *row: Tensor) -> Tensor:
-                return self(weights, [leaf.unsqueeze(0) for leaf in row]).squeeze(0)
+            def single(weights: Weights, cotangents: Tensor | None, *row: Tensor) -> Weights:
+                one = [leaf.unsqueeze(0) for leaf in row]
+                output, pull = vjp(lambda w: self(w, one).squeeze(0), weights)
+                basis = cotangents if cotangents is not None else torch.eye(len(output)).to(output)
+                return vmap(lambda u: pull(u)[0])(basis)
 
-            in_dims = (None, *(0 for _ in leaves))
-            return vmap(jacrev(single), in_dims)(self.weights(leaves[0].device), *leaves)
+            in_dims = (None, None, *(0 for _ in leaves))
+            return vmap(single, in_dims)(self.weights(leaves[0].device), cotangents, *leaves)
         rows: list[list[Tensor]] = []
         for n in range(leaves[0].shape[0]):
             output, parameters = self._plain([leaf[n : n + 1] for leaf in leaves])
-            eye = torch.eye(output.shape[-1], dtype=output.dtype, device=output.device)
-            pulled = [self._gradient(output, parameters, unit.unsqueeze(0), _wants_graph(leaves)) for unit in eye]
+            basis = cotangents if cotangents is not None else torch.eye(output.shape[-1]).to(output)
+            pulled = [self._gradient(output, parameters, unit.unsqueeze(0), _wants_graph(leaves)) for unit in basis]
             rows.append([torch.stack(columns) for columns in zip(*pulled, strict=True)])
         stacked = (torch.stack(tensors) for tensors in zip(*rows, strict=True))
         return dict(zip(self.trainable, stacked, strict=True))
@@ -257,7 +303,10 @@ class FrozenNetwork:
         """Find out which torch.func transforms this module supports, by comparing them with ordinary autograd."""
         generator = torch.Generator().manual_seed(0)
         output, parameters = self._plain(leaves)
-        u = torch.randn(output.shape, generator=generator, dtype=torch.float64).to(output)
+        # Two cotangents, mixed differently for each row: enough for the row-wise transform, whatever C is.
+        basis = torch.randn(2, output.shape[-1], generator=generator, dtype=torch.float64).to(output)
+        mixture = torch.randn(len(output), 2, generator=generator, dtype=torch.float64).to(output)
+        u = mixture @ basis
         expected = torch.cat([g.reshape(-1) for g in self._gradient(output, parameters, u, graph=False)])
         v = torch.randn(expected.shape, generator=generator, dtype=torch.float64).to(expected)
         parts = v.split([p.numel() for p in parameters])
@@ -286,7 +335,10 @@ class FrozenNetwork:
             logger.warning("forward-mode differentiation is missing for this network: jvp runs as a double vjp")
         self.vectorized = self.functional and agrees(
             lambda: torch.cat(
-                [torch.einsum("nc,nc...->...", u, rows).reshape(-1) for rows in self.jacobian(leaves).values()]
+                [
+                    torch.einsum("nk,nk...->...", mixture, rows).reshape(-1)
+                    for rows in self.jacobian(leaves, basis).values()
+                ]
             ),
             expected,
         )

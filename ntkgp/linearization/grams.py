@@ -62,6 +62,15 @@ def _blocks(size: int, step: int) -> list[slice]:
     return [slice(start, min(start + step, size)) for start in range(0, size, step)]
 
 
+def block_memory(lin: LinearizedNetwork) -> tuple[int, int]:
+    """Bytes that products of Jacobian blocks take: of casts to float64, and per input of a block."""
+    c = lin.num_outputs
+    item = torch.finfo(lin.dtype).bits // 8
+    # Two blocks are held at a time; vmap(jacrev) keeps about one more copy and the C cotangents of every activation.
+    per_row = 2 * (3 * c * lin.num_parameters * item + (c + 2) * lin.activation_bytes)
+    return 16 * min(c * lin.num_parameters, _CAST_ELEMENTS), per_row
+
+
 def block_rows(lin: LinearizedNetwork, n1: int, n2: int, budget: int) -> int:
     """Largest number of inputs per Jacobian block with which the Grams fit in the budget.
 
@@ -69,17 +78,14 @@ def block_rows(lin: LinearizedNetwork, n1: int, n2: int, budget: int) -> int:
     """
     c = lin.num_outputs
     result = 8 * len(lin.groups) * n1 * c * n2 * c
-    item = torch.finfo(lin.dtype).bits // 8
-    # Two blocks are held at a time; vmap(jacrev) keeps about one more copy and the C cotangents of every activation.
-    per_row = 3 * c * lin.num_parameters * item + (c + 2) * lin.activation_bytes
-    workspace = 2 * 8 * _CAST_ELEMENTS if c * lin.num_parameters > _CAST_ELEMENTS else 16 * c * lin.num_parameters
-    smallest = result + workspace + 2 * per_row
+    workspace, per_row = block_memory(lin)
+    smallest = result + workspace + per_row
     if smallest > budget:
         raise ValueError(
             f"max_memory: {format_memory(budget)} is too small for {len(lin.groups)} Gram block(s) of "
             f"{n1 * c} x {n2 * c} with P = {lin.num_parameters}; the smallest possible is {format_memory(smallest)}"
         )
-    return max(1, (budget - result - workspace) // (2 * per_row))
+    return max(1, (budget - result - workspace) // per_row)
 
 
 def _rows(lin: LinearizedNetwork, source: Source, rows: slice) -> list[Tensor]:
@@ -96,15 +102,15 @@ def _by_row(tensor: Tensor) -> Tensor:
 
 def jacobian_rows(lin: LinearizedNetwork, x: Tensor, max_memory: str | int | float) -> JacobianRows:
     """See :meth:`ntkgp.LinearizedNetwork.rows`."""
-    size = lin.rows_memory(len(x))
-    budget = parse_memory(max_memory)
-    if size > budget:
+    smallest, budget = lin.rows_memory(len(x)), parse_memory(max_memory)
+    if smallest > budget:
         raise ValueError(
-            f"max_memory: {format_memory(budget)} cannot hold the Jacobian rows of {len(x)} inputs, {format_memory(size)}"
+            f"max_memory: {format_memory(budget)} is too small for the Jacobian rows of {len(x)} inputs; "
+            f"the smallest possible is {format_memory(smallest)}"
         )
-    c = lin.num_outputs
+    c, step = lin.num_outputs, 1 + (budget - smallest) // block_memory(lin)[1]
     tensors = [torch.empty(len(x) * c, p.numel(), dtype=p.dtype, device=x.device) for p in lin.frozen.theta.values()]
-    for block in _blocks(len(x), block_rows(lin, 1, 1, max(budget - size, budget // 4))):
+    for block in _blocks(len(x), step):
         for out, part in zip(tensors, _rows(lin, x, block), strict=True):
             out[block.start * c : block.stop * c] = part
     return JacobianRows(x, tuple(tensors), c)

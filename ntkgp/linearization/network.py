@@ -110,7 +110,13 @@ class LinearizedNetwork:
                 raise ValueError(
                     f"net: expected an output with N = {leaves[0].shape[0]} rows, got shape {tuple(batch.shape)}"
                 )
-            rows = [self.frozen.run(module, [leaf[n : n + 1] for leaf in leaves]) for n in range(len(batch))]
+            try:
+                rows = [self.frozen.run(module, [leaf[n : n + 1] for leaf in leaves]) for n in range(len(batch))]
+            except (RuntimeError, ValueError, IndexError) as error:
+                raise ValueError(
+                    f"net: runs on {len(batch)} rows but not on one ({error}); a Gaussian process needs f(x) per row. "
+                    "BatchNorm must keep running statistics"
+                ) from error
         if not torch.isfinite(batch).all():
             raise ValueError("net: its outputs on the example are NaN or infinite")
         single = torch.cat(rows)
@@ -353,8 +359,9 @@ class LinearizedNetwork:
         return _grams.jacobian_rows(self, self.pack(x).detach(), max_memory)
 
     def rows_memory(self, num_rows: int) -> int:
-        """Bytes that :meth:`rows` of so many inputs takes."""
-        return num_rows * self.num_outputs * sum(p.numel() * p.element_size() for p in self.frozen.theta.values())
+        """Smallest budget of :meth:`rows` for so many inputs: they, and one input at a time on the way."""
+        kept = num_rows * self.num_outputs * sum(p.numel() * p.element_size() for p in self.frozen.theta.values())
+        return kept + sum(_grams.block_memory(self))
 
     def gram_diagonals(self, x: Any, max_memory: str | int | float = "2GiB") -> Tensor:
         r"""Per-group blocks :math:`J_g(x_n) J_g(x_n)^\top` at single inputs: shape (G, N, C, C), float64.

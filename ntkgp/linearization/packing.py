@@ -19,7 +19,9 @@ def _flatten(tree: Any, leaves: list[Any], like: Any) -> Any:
     if isinstance(tree, tuple | list):
         alike = isinstance(like, tuple | list) and len(like) == len(tree)
         parts = [_flatten(value, leaves, like[i] if alike else None) for i, value in enumerate(tree)]
-        return type(tree)(*parts) if hasattr(tree, "_fields") else type(tree)(parts)
+        # A data loader returns lists for tuples.
+        kind = type(like) if alike else type(tree)
+        return kind(*parts) if hasattr(kind, "_fields") else kind(parts)
     leaves.append(tree)
     return len(leaves) - 1
 

@@ -20,6 +20,7 @@ from ntkgp.linearization import LinearizedNetwork, ParameterGroups
 from ntkgp.linearization.memory import format_memory, parse_memory
 from ntkgp.linearization.packing import tree_flatten, tree_unflatten
 from ntkgp.models.exact import ExactNTKGP
+from ntkgp.models.noise import noise_floor
 
 logger = logging.getLogger("ntkgp")
 
@@ -44,8 +45,9 @@ def from_network(
     :param net: the trained network.
     :param train_data: ``(x, y)`` with x as the network takes it, or a ``Dataset`` or ``DataLoader`` of ``(x, y)`` pairs or of
         dicts with ``"labels"``. Targets are (N, C), (N, *output shape) or class labels (N,).
-    :param likelihood: ``"regression"`` (Gaussian noise, one per output of a vector), ``"classification"`` (softmax, or
-        logistic for one output), or a likelihood.
+    :param likelihood: ``"regression"`` (Gaussian noise, one per output of a vector, not below the rounding noise of the
+        targets: see :func:`~ntkgp.models.noise.noise_floor`), ``"classification"`` (softmax, or logistic for one output),
+        or a likelihood.
     :param inference: ``"auto"`` or ``"exact"``.
     :param groups: parameter groups, see :class:`~ntkgp.LinearizedNetwork`.
     :param mean: ``"network"`` or ``"posterior"``, see :class:`~ntkgp.ExactNTKGP`.
@@ -111,9 +113,8 @@ def _likelihood(likelihood: str | Likelihood, lin: LinearizedNetwork, y: Tensor)
         return BernoulliLikelihood() if c == 1 else CategoricalLikelihood(num_classes=c)
     if likelihood != "regression":
         raise ValueError(f"likelihood: expected 'regression', 'classification' or a Likelihood, got {likelihood!r}")
-    square = float(y.to(torch.float64).square().mean()) if isinstance(y, Tensor) and y.numel() else 1.0
-    # GPyTorch's floor of 1e-4 is meant for standardised targets; this one follows their units.
-    floor = GreaterThan(1e-8 * square if math.isfinite(square) and square > 0 else 1e-8)
+    # GPyTorch's floor of 1e-4 is meant for standardised targets; this one follows their units and their rounding.
+    floor = GreaterThan(noise_floor(y)) if isinstance(y, Tensor) else None
     if c > 1 and len(lin.output_shape) == 1:
         return MultitaskGaussianLikelihood(num_tasks=c, has_global_noise=False, noise_constraint=floor)
     return GaussianLikelihood(noise_constraint=floor)

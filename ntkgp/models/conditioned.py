@@ -6,11 +6,11 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from gpytorch.distributions import MultitaskMultivariateNormal, MultivariateNormal
-from gpytorch.likelihoods import FixedNoiseGaussianLikelihood
 from gpytorch.models import GP
 from torch import Tensor
 
 from ntkgp.evidence.system import cholesky_with_jitter
+from ntkgp.models.noise import has_fixed_noise
 
 if TYPE_CHECKING:
     from ntkgp.models.exact import ExactNTKGP
@@ -44,17 +44,23 @@ class ConditionedNTKGP(GP):
             raise ValueError("conditioning on new observations needs a Gaussian likelihood; this is a classification model")
         c = base.num_outputs
         event = inputs.shape[-2:-1] if c == 1 else torch.Size((inputs.shape[-2], c))
-        if targets.shape[-len(event) :] != event:
-            raise ValueError(f"targets: expected shape (*batch, {', '.join(map(str, event))}), got {tuple(targets.shape)}")
-        if not torch.isfinite(targets).all():
-            raise ValueError("targets hold NaN or infinite values")
+        for name, value in (("targets", targets), ("noise", noise)):
+            if value is None:
+                continue
+            if not isinstance(value, Tensor):
+                raise TypeError(f"{name}: expected a tensor, got {type(value).__name__}")
+            if value.shape[-len(event) :] != event:
+                raise ValueError(f"{name}: expected shape (*batch, {', '.join(map(str, event))}), got {tuple(value.shape)}")
+            if not torch.isfinite(value).all():
+                raise ValueError(f"{name}: NaN or infinite values; expected finite numbers")
+        if noise is not None and bool((noise < 0).any()):
+            raise ValueError("noise: expected variances, got a negative number")
         batch = torch.broadcast_shapes(inputs.shape[:-2], targets.shape[: -len(event)])
         self.base, self.likelihood = base, base.likelihood
         self.inputs = inputs
         self.targets = targets.to(torch.float64).expand(*batch, *event)
         self._noise = None if noise is None else noise.to(torch.float64).expand(*batch, *event)
-        fixed = isinstance(self.likelihood, FixedNoiseGaussianLikelihood) or getattr(self.likelihood, "_fixed", False)
-        if fixed and noise is None:
+        if has_fixed_noise(self.likelihood) and noise is None:
             raise ValueError("noise: the likelihood has fixed noise; pass the variances of the new observations")
         self.eval()
 
@@ -81,13 +87,12 @@ class ConditionedNTKGP(GP):
     def _inputs(self, x: Any) -> Tensor:
         return self.base._inputs(x)
 
-    def _noise_diagonal(self) -> Tensor:
-        """Variances of the new observations, shape of the targets."""
+    def _noise_covariance(self) -> Tensor:
+        """Covariance of the noise of the new observations, (*batch, qC, qC)."""
         if self._noise is not None:
-            return self._noise
-        zero = torch.zeros(self.targets.shape[-1 if self.num_outputs == 1 else -2 :], dtype=torch.float64)
-        covariance = self.likelihood._shaped_noise_covar(zero.shape)
-        return covariance.diagonal(dim1=-1, dim2=-2).reshape(zero.shape).to(self.targets).expand_as(self.targets)
+            return torch.diag_embed(self._noise.reshape(*self.batch_shape, -1))
+        event = self.targets.shape[len(self.batch_shape) :]
+        return self.likelihood._shaped_noise_covar(event).to_dense().detach().to(self.targets)
 
     def __call__(self, x: Any) -> MultivariateNormal:
         """Latent posterior at inputs (*batch, T, D)."""
@@ -98,9 +103,7 @@ class ConditionedNTKGP(GP):
         c, q = self.num_outputs, self.inputs.shape[-2] * self.num_outputs
         mean = joint.mean.reshape(*joint.mean.shape[: -1 if c == 1 else -2], -1)
         covariance = joint.covariance_matrix
-        observed = covariance[..., :q, :q] + torch.diag_embed(
-            self._noise_diagonal().reshape(*self.batch_shape, q).expand(*self._common(batch), q)
-        )
+        observed = (covariance[..., :q, :q] + self._noise_covariance()).expand(*self._common(batch), q, q)
         gain = _solve(observed, covariance[..., :q, q:].expand(*self._common(batch), q, -1))
         shift = (self.targets.reshape(*self.batch_shape, q) - mean[..., :q]).unsqueeze(-1)
         posterior_mean = mean[..., q:] + (gain.mT @ shift).squeeze(-1)
@@ -117,15 +120,34 @@ class ConditionedNTKGP(GP):
         """Condition on more observations."""
         return ConditionedNTKGP(self, self._inputs(inputs), targets, **kwargs)
 
-    def condition_on_observations(self, X: Any, Y: Tensor, **kwargs: Any) -> ConditionedNTKGP:  # noqa: N803
-        """BoTorch's name and target shape (*batch, q, m) for :meth:`get_fantasy_model`."""
-        return self.get_fantasy_model(X, Y.squeeze(-1) if self.num_outputs == 1 else Y, **kwargs)
+    def condition_on_observations(
+        self, X: Any, Y: Tensor, noise: Tensor | None = None, **kwargs: Any  # noqa: N803
+    ) -> ConditionedNTKGP:
+        """BoTorch's name and shape (*batch, q, C) of targets and noise for :meth:`get_fantasy_model`."""
+        return self.get_fantasy_model(X, *event_shaped(self.num_outputs, Y, noise))
 
     def posterior(self, X: Any, output_indices: Any = None, observation_noise: Any = False, **kwargs: Any) -> Any:  # noqa: N803
         """BoTorch posterior at X; see :func:`ntkgp.botorch.posterior`."""
         from ntkgp.botorch import posterior
 
         return posterior(self, X, output_indices, observation_noise, **kwargs)
+
+    def fantasize(self, X: Any, sampler: Any, observation_noise: Tensor | None = None, **kwargs: Any) -> ConditionedNTKGP:  # noqa: N803
+        """Condition on draws from the posterior at X; see :func:`ntkgp.botorch.fantasize`."""
+        from ntkgp.botorch import fantasize
+
+        return fantasize(self, X, sampler, observation_noise, **kwargs)
+
+
+def event_shaped(num_outputs: int, targets: Tensor, noise: Tensor | None) -> tuple[Tensor, Tensor | None]:
+    """BoTorch's (*batch, q, C) in GPyTorch's shape: (*batch, q) for one output."""
+    for name, value in (("Y", targets), ("noise", noise)):
+        if value is not None and (not isinstance(value, Tensor) or value.ndim < 2 or value.shape[-1] != num_outputs):
+            came = tuple(value.shape) if isinstance(value, Tensor) else type(value).__name__
+            raise ValueError(f"{name}: expected shape (*batch, q, {num_outputs}), got {came}")
+    if num_outputs > 1:
+        return targets, noise
+    return targets.squeeze(-1), None if noise is None else noise.squeeze(-1)
 
 
 def _solve(matrix: Tensor, rhs: Tensor) -> Tensor:

@@ -19,7 +19,7 @@ from ntkgp.linearization import LinearizedNetwork
 from ntkgp.linearization.grams import JacobianRows
 from ntkgp.linearization.memory import parse_memory
 from ntkgp.means import LinearizedMean, NetworkMean
-from ntkgp.models.conditioned import ConditionedNTKGP
+from ntkgp.models.conditioned import ConditionedNTKGP, event_shaped
 from ntkgp.models.factors import GaussianFactors, SoftmaxFactors
 from ntkgp.models.noise import NoiseLink, is_classification, prepare_likelihood
 from ntkgp.models.paths import FunctionSamples
@@ -88,7 +88,7 @@ class ExactNTKGP(ExactGP):
         self.likelihood = prepare_likelihood(likelihood, lin.num_outputs)
         self.mean = mean
         self.curvature = "simple"
-        self.train_inputs = (lin.pack(train_x).detach().to(torch.float64),)
+        self.train_inputs = (self._pack(train_x, "train_x").detach(),)
         self.train_targets = self._targets(train_y, len(self.train_inputs[0]))
         self.mean_module = LinearizedMean(lin)
         self._network_mean = NetworkMean(lin)
@@ -105,6 +105,11 @@ class ExactNTKGP(ExactGP):
     def num_outputs(self) -> int:
         """C."""
         return self.lin.num_outputs
+
+    @property
+    def batch_shape(self) -> torch.Size:
+        """Empty: one model, however many batches of inputs it is asked about."""
+        return torch.Size()
 
     @property
     def is_classification(self) -> bool:
@@ -138,7 +143,7 @@ class ExactNTKGP(ExactGP):
         if isinstance(inputs, tuple | list) and len(inputs) == 1:
             inputs = inputs[0]
         old = self.train_inputs[0]
-        x = old if inputs is None else self.lin.pack(inputs).detach().to(torch.float64)
+        x = old if inputs is None else self._pack(inputs, "inputs").detach()
         if strict and x.shape != old.shape:
             raise RuntimeError(f"inputs: expected shape {tuple(old.shape)} (strict=True), got {tuple(x.shape)}")
         y = self.train_targets if targets is None else targets
@@ -161,14 +166,24 @@ class ExactNTKGP(ExactGP):
             return MultivariateNormal(mean, covariance)
         return MultitaskMultivariateNormal(mean, covariance)
 
-    def _inputs(self, x: Any) -> Tensor:
-        """Raw or packed inputs, the latter with any batch dimensions, as packed float64."""
+    def _pack(self, x: Any, name: str) -> Tensor:
+        """Raw or packed inputs, (N,) where D = 1, as packed float64."""
         packing = self.lin.packing
         if isinstance(x, Tensor) and x.ndim == 1 and packing.width == 1 and not packing.is_raw(x):
             x = x.unsqueeze(-1)
+        return packing.pack(x, name).to(torch.float64)
+
+    def _inputs(self, x: Any) -> Tensor:
+        """The same, packed ones with any batch dimensions."""
+        packing = self.lin.packing
         if packing.is_packed(x) and x.ndim > 2 and not packing.is_raw(x):
-            return packing.pack(x.reshape(-1, x.shape[-1])).reshape(x.shape).to(torch.float64)
-        return packing.pack(x).to(torch.float64)
+            return self._pack(x.reshape(-1, x.shape[-1]), "inputs").reshape(x.shape)
+        return self._pack(x, "inputs")
+
+    def _apply(self, fn: Any) -> ExactNTKGP:
+        """Moves between devices; ``float()`` and ``half()`` change nothing, since all algebra is in float64."""
+        self._kept = self.prediction_strategy = None
+        return super()._apply(lambda tensor: tensor.to(fn(tensor).device))
 
     def __call__(self, x: Any, **kwargs: Any) -> MultivariateNormal:
         """Train mode: the prior at the training inputs. Eval mode: the latent posterior at any inputs."""
@@ -181,10 +196,11 @@ class ExactNTKGP(ExactGP):
         """Latent posterior at packed inputs, (*batch, T, D)."""
         c = self.lin.num_outputs
         batch, points = x.shape[:-2], x.shape[-2]
+        factors, prior = self._factors()
         cross = self._cross(x.reshape(-1, x.shape[-1]))
-        root = self._factors().root(cross)
+        root = factors.root(cross)
         mean = self._mean(x.reshape(-1, x.shape[-1]), cross).reshape(*batch, points, c)
-        covariance = PosteriorCovariance.from_root(self.kernel(x), root.reshape(*batch, points * c, root.shape[-1]))
+        covariance = PosteriorCovariance.from_root(prior(x), root.reshape(*batch, points * c, root.shape[-1]))
         return self._distribution(mean.squeeze(-1) if c == 1 else mean, covariance)
 
     def _mean(self, x: Tensor, cross: Tensor | None = None) -> Tensor:
@@ -192,7 +208,7 @@ class ExactNTKGP(ExactGP):
         if self.mean == "network":
             return self._network_mean(x).reshape(len(x), -1)
         cross = self._cross(x) if cross is None else cross
-        return self.mean_module(x).reshape(len(x), -1) + (cross @ self._factors().alpha).reshape(len(x), -1)
+        return self.mean_module(x).reshape(len(x), -1) + (cross @ self._factors()[0].alpha).reshape(len(x), -1)
 
     def _cross(self, x: Tensor) -> Tensor:
         """K(x, X), shape (T·C, N·C)."""
@@ -212,11 +228,10 @@ class ExactNTKGP(ExactGP):
 
     def _noise(self) -> LinearOperator:
         """Covariance of the observation noise of the training data."""
-        shape = self.train_targets.shape
-        return self.likelihood._shaped_noise_covar(shape, self.train_inputs[0])
+        return self.likelihood._shaped_noise_covar(self.train_targets.shape)
 
-    def _factors(self) -> GaussianFactors | SoftmaxFactors:
-        """Factors at the present hyper-parameters, kept until one of these changes."""
+    def _factors(self) -> tuple[GaussianFactors | SoftmaxFactors, NeuralTangentKernel]:
+        """Factors at the present hyper-parameters with the kernel as a constant of them, kept until one changes."""
         state = [p.detach() for p in (*self.kernel.parameters(), *self.likelihood.parameters())]
         key = (self.curvature, [value.clone() for value in state])
         cached = self.prediction_strategy
@@ -233,8 +248,11 @@ class ExactNTKGP(ExactGP):
             else:
                 targets = self.train_targets.reshape(-1) - kept.offset.reshape(-1)
                 factors = GaussianFactors.build(self._gram(), self._noise(), targets)
-        self.prediction_strategy = (key, factors)
-        return factors
+        # The factors carry no graph to the hyper-parameters, and half a gradient is worse than none.
+        prior = NeuralTangentKernel(self.lin, max_memory=self.max_memory).to(self.kernel.raw_precision)
+        prior.precision = self.kernel.precision.detach()
+        self.prediction_strategy = (key, (factors, prior.requires_grad_(False)))
+        return self.prediction_strategy[1]
 
     def evidence_problem(
         self, *, at: str = "theta_star", curvature: str = "simple", targets: str = "data"
@@ -294,7 +312,7 @@ class ExactNTKGP(ExactGP):
             )
             weights = draw * scale
             prior = lin.jvp(x, weights).to(torch.float64).flatten(1)
-            dual = self._factors().pathwise(prior, generator)
+            dual = self._factors()[0].pathwise(prior, generator)
             pulled = lin.vjp(x, dual.reshape(num_samples, len(x), -1).to(lin.dtype))
             weights = weights + pulled.to(torch.float64) * scale.square()
         return FunctionSamples(lin, self._mean, weights)
@@ -303,15 +321,23 @@ class ExactNTKGP(ExactGP):
         """This model's posterior conditioned on new observations; see :class:`~ntkgp.models.conditioned.ConditionedNTKGP`."""
         return ConditionedNTKGP(self, self._inputs(inputs), targets, **kwargs)
 
-    def condition_on_observations(self, X: Any, Y: Tensor, **kwargs: Any) -> ConditionedNTKGP:  # noqa: N803
-        """BoTorch's name and target shape (*batch, q, m) for :meth:`get_fantasy_model`."""
-        return self.get_fantasy_model(X, Y.squeeze(-1) if self.num_outputs == 1 else Y, **kwargs)
+    def condition_on_observations(
+        self, X: Any, Y: Tensor, noise: Tensor | None = None, **kwargs: Any  # noqa: N803
+    ) -> ConditionedNTKGP:
+        """BoTorch's name and shape (*batch, q, C) of targets and noise for :meth:`get_fantasy_model`."""
+        return self.get_fantasy_model(X, *event_shaped(self.num_outputs, Y, noise))
 
     def posterior(self, X: Any, output_indices: Any = None, observation_noise: Any = False, **kwargs: Any) -> Any:  # noqa: N803
         """BoTorch posterior at X; see :func:`ntkgp.botorch.posterior`. Needs botorch."""
         from ntkgp.botorch import posterior
 
         return posterior(self, X, output_indices, observation_noise, **kwargs)
+
+    def fantasize(self, X: Any, sampler: Any, observation_noise: Tensor | None = None, **kwargs: Any) -> ConditionedNTKGP:  # noqa: N803
+        """Condition on draws from the posterior at X; see :func:`ntkgp.botorch.fantasize`. Needs botorch."""
+        from ntkgp.botorch import fantasize
+
+        return fantasize(self, X, sampler, observation_noise, **kwargs)
 
 
 @dataclass(frozen=True)

@@ -50,6 +50,34 @@ def prepare_likelihood(likelihood: Likelihood, num_outputs: int) -> Likelihood:
     return likelihood.to(torch.float64)
 
 
+def has_fixed_noise(likelihood: Likelihood) -> bool:
+    """Whether the likelihood holds given noise variances of the training data."""
+    return isinstance(likelihood, FixedNoiseGaussianLikelihood) or getattr(likelihood, "_fixed", False)
+
+
+def noise_floor(y: Tensor) -> float:
+    r"""Smallest noise variance that targets as recorded allow.
+
+    Targets that take few values were rounded to steps of some δ; they carry at least the rounding noise δ²/12. Below it
+    the evidence is not bounded: repeated inputs with the same rounded target count as proof of no noise at all. Other
+    targets get 1e-8 of their mean square, a bound in their own units.
+
+    :param y: targets of any shape.
+
+    >>> round(noise_floor(torch.tensor([5.0, 6.0, 5.0, 7.0, 5.0, 6.0])), 4)  # ratings in steps of 1
+    0.0833
+    >>> noise_floor(torch.tensor([0.0, 2.0])) == 1e-8 * 2.0
+    True
+    """
+    values = y.detach().to(torch.float64).flatten()
+    square = float(values.square().mean()) if values.numel() else 0.0
+    floor = 1e-8 * square if 0 < square < float("inf") else 1e-8
+    distinct = values.unique()
+    if 2 <= len(distinct) <= len(values) // 2:
+        floor = max(floor, float(distinct.diff().min()) ** 2 / 12)
+    return floor
+
+
 class NoiseLink:
     """Reads a Gaussian likelihood's noise as a :class:`~ntkgp.evidence.NoiseModel`, and writes fitted values back.
 
@@ -68,13 +96,10 @@ class NoiseLink:
     def _second_noise(self) -> gpytorch.Module | None:
         return getattr(self._likelihood, "second_noise_covar", None)
 
-    def _fixed(self) -> bool:
-        return isinstance(self._likelihood, FixedNoiseGaussianLikelihood) or getattr(self._likelihood, "_fixed", False)
-
     def model(self) -> NoiseModel:
         """The noise of the training data as it is now."""
         likelihood, rows = self._likelihood, self._n * self._c
-        if self._fixed():
+        if has_fixed_noise(self._likelihood):
             shape = torch.Size((self._n,) if self._c == 1 else (self._n, self._c))
             learned = self._second_noise()
             total = likelihood._shaped_noise_covar(shape).diagonal(dim1=-1, dim2=-2).detach().to(torch.float64)
@@ -101,7 +126,7 @@ class NoiseLink:
     def write(self, noise: Tensor) -> Tensor:
         """Store learned variances and return what the constraints let through."""
         likelihood = self._likelihood
-        if self._fixed():
+        if has_fixed_noise(self._likelihood):
             learned = self._second_noise()
             assert learned is not None
             _assign(learned, "raw_noise", noise)

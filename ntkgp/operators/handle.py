@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ntkgp.linearization import LinearizedNetwork
 from ntkgp.linearization.memory import parse_memory
-from ntkgp.operators.second_order import needs_graph, second_order
+from ntkgp.linearization.second_order import needs_graph
 
 # Cotangents share one forward pass in a vjp; beyond this many its cost is negligible.
 _MOST_COLUMNS = 32
@@ -115,13 +115,11 @@ def point_grams(handle: NetworkHandle, x1: Tensor, x2: Tensor) -> Tensor:
     r"""Blocks :math:`J_g(x_{1,n}) J_g(x_{2,n})^\top` of each group, (G, N, C, C) in float64; differentiable in x."""
     lin = handle.lin
     if x1 is x2 or (not needs_graph(x1, x2) and same(x1, x2)):
-        with second_order(x1):
-            return lin.gram_diagonals(x1)
+        return lin.gram_diagonals(x1)
     blocks = []
     for a, b in zip(x1.split(handle.jacobian_rows()), x2.split(handle.jacobian_rows()), strict=True):
         groups: list[Tensor | None] = [None] * len(lin.groups.names)
-        with second_order(x1, x2):
-            pairs = zip(lin.jacobian_by_tensor(a).values(), lin.jacobian_by_tensor(b).values(), strict=True)
+        pairs = zip(lin.jacobian_by_tensor(a).values(), lin.jacobian_by_tensor(b).values(), strict=True)
         for (j1, j2), g in zip(pairs, lin.groups.of_tensor, strict=True):
             term = j1.flatten(2).to(torch.float64) @ j2.flatten(2).to(torch.float64).mT
             previous = groups[g]

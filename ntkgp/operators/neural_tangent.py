@@ -12,8 +12,8 @@ from linear_operator.operators._linear_operator import IndexType
 from torch import Tensor
 
 from ntkgp.linearization.grams import block_rows
+from ntkgp.linearization.second_order import needs_graph
 from ntkgp.operators.handle import NetworkHandle, point_grams
-from ntkgp.operators.second_order import needs_graph, second_order
 
 __all__ = ["NeuralTangentOperator"]
 
@@ -141,9 +141,8 @@ class NeuralTangentOperator(LinearOperator):
         for x1, x2, indices in operator._by_inputs():
             results = []
             for places, (u,) in operator._columns(indices, rhs):
-                with second_order(x1, x2):
-                    v = self.lin.vjp(x2, u) * operator._scale(indices, places)
-                    results.append(self.lin.jvp(x1, v).flatten(-2))
+                v = self.lin.vjp(x2, u) * operator._scale(indices, places)
+                results.append(self.lin.jvp(x1, v).flatten(-2))
             product_ = torch.cat(results).unflatten(0, (len(indices), -1)).mT.to(self.dtype)
             for entry, index in enumerate(indices):
                 out[index] = product_[entry]
@@ -192,8 +191,7 @@ class NeuralTangentOperator(LinearOperator):
         for block, weights in zip(x.split(rows), u.split(rows, dim=1), strict=True):
             with torch.enable_grad():
                 leaf = block.detach().requires_grad_()
-                with second_order(leaf):
-                    total = (self.lin.vjp(leaf, weights) * v).sum()
+                total = (self.lin.vjp(leaf, weights) * v).sum()
                 grad = torch.autograd.grad(total, leaf, allow_unused=True)[0] if total.requires_grad else None
             grads.append(torch.zeros_like(block) if grad is None else grad)
         return torch.cat(grads)

@@ -144,3 +144,10 @@ def test_unpack_refuses_another_shape() -> None:
     for bad in (torch.ones(8), torch.ones(2, 7), torch.ones(2, 2, 8), [1]):
         with pytest.raises(ValueError, match=r"x: expected a packed \(N, 8\) tensor"):
             packing.unpack(bad)
+
+
+def test_a_list_stands_for_a_tuple() -> None:
+    a, b = TREES["tuple"]
+    packing = InputPacking((a, b))
+    assert torch.equal(packing.pack([a, b]), packing.pack((a, b)))
+    assert isinstance(packing.unpack(packing.pack([a, b])), tuple)
