@@ -222,4 +222,5 @@ def _style(ax: Axes) -> None:
     ax.tick_params(labelsize=8, color="#999999", labelcolor=_INK)
     ax.xaxis.label.set(size=9, color=_INK)
     ax.yaxis.label.set(size=9, color=_INK)
-    ax.title.set(size=10, color=_INK)
+    for title in (ax.title, ax._left_title):
+        title.set(size=10, color=_INK)

@@ -354,7 +354,7 @@ def test_B17n_the_evidence_at_the_trained_weights_has_another_optimum():
         assert classical.at == "theta_map"
         with torch.no_grad():
             ratio = (trained(p.x_test).variance / star(p.x_test).variance).sqrt().median()
-        assert abs(math.log(float(ratio))) > math.log(1.2)
+        assert ratio > 2  # its precisions are too small, its error bars too wide
         assert report.log_evidence > classical.log_evidence
 
 
