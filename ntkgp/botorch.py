@@ -23,7 +23,7 @@ Model.register(ConditionedNTKGP)
 
 def posterior(
     model: ExactNTKGP | ConditionedNTKGP,
-    X: Tensor,  # noqa: N803 - BoTorch's name
+    X: Tensor,
     output_indices: list[int] | None = None,
     observation_noise: bool | Tensor = False,
     posterior_transform: Any = None,
@@ -66,7 +66,7 @@ def posterior(
 
 def fantasize(
     model: ExactNTKGP | ConditionedNTKGP,
-    X: Tensor,  # noqa: N803 - BoTorch's name
+    X: Tensor,
     sampler: Any,
     observation_noise: Tensor | None = None,
     **kwargs: Any,

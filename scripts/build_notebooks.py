@@ -1,6 +1,6 @@
 """Execute the notebooks from their .py twins and write the .ipynb files with outputs.
 
-    python scripts/build_notebooks.py [notebooks/01_quickstart.py ...]
+python scripts/build_notebooks.py [notebooks/01_quickstart.py ...]
 """
 
 from __future__ import annotations
@@ -21,7 +21,9 @@ def main() -> None:
     for source in sources:
         start = time.perf_counter()
         notebook = jupytext.read(source)
-        NotebookClient(notebook, timeout=900, kernel_name="python3", resources={"metadata": {"path": str(source.parent)}}).execute()
+        NotebookClient(
+            notebook, timeout=900, kernel_name="python3", resources={"metadata": {"path": str(source.parent)}}
+        ).execute()
         for cell in notebook.cells:
             # Times of execution would make every build a change.
             cell.metadata.pop("execution", None)

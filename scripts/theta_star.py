@@ -27,7 +27,12 @@ from ntkgp.evaluation.plots import new_figure, predictive_bands
 from ntkgp.evaluation.training import seeded, train
 
 SCALES = (0.1, 1.0, 10.0)
-METHODS = (("single", "theta_map"), ("single", "theta_star"), ("normalization", "theta_map"), ("normalization", "theta_star"))
+METHODS = (
+    ("single", "theta_map"),
+    ("single", "theta_star"),
+    ("normalization", "theta_map"),
+    ("normalization", "theta_star"),
+)
 LABELS = {
     ("single", "theta_map"): "single λ, θ̃",
     ("single", "theta_star"): "single λ, θ⋆",
@@ -44,7 +49,9 @@ def load(folder: Path | None) -> tuple[Tensor, Tensor, str]:
         x, y = (torch.from_numpy(arrays[name]).double().reshape(-1, 1) for name in ("x", "y"))
         return x, y, "agw1d"
     generator = torch.Generator().manual_seed(0)
-    x = torch.cat([centre + 2.4 * torch.rand(133, 1, generator=generator, dtype=torch.float64) for centre in (-7.2, -1.2, 4.8)])
+    x = torch.cat(
+        [centre + 2.4 * torch.rand(133, 1, generator=generator, dtype=torch.float64) for centre in (-7.2, -1.2, 4.8)]
+    )
     y = 0.5 * torch.sin(x) + 0.02 * x.square() + 0.05 * torch.randn(x.shape, generator=generator, dtype=torch.float64)
     return x, y - y.mean(), "generated"
 
@@ -124,7 +131,9 @@ def main() -> None:
     text = "\n".join(lines)
     print(text)
     arguments.out.mkdir(parents=True, exist_ok=True)
-    (arguments.out / "theta_star.md").write_text("# Evidence at θ⋆ and at θ̃, and the scale of the weights\n\n" + text + "\n")
+    (arguments.out / "theta_star.md").write_text(
+        "# Evidence at θ⋆ and at θ̃, and the scale of the weights\n\n" + text + "\n"
+    )
     figure, axes = new_figure(2, 2, (10.0, 6.5))
     for ax, key in zip(axes, METHODS, strict=True):
         predictive_bands(grid, *bands[key], data=(x, y), ax=ax)

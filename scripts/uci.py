@@ -1,9 +1,9 @@
-"""UCI regression without a validation set: the network alone against its Gaussian process, as tables with standard errors.
+"""UCI regression without a validation set: the network alone against its Gaussian process.
 
 Per split a 2×50 tanh network is trained on all training data; precisions and noise come from the evidence alone. Rows:
-the network with the standard deviation of its training residuals, and {one λ, one λ per layer} × {evidence at θ̃, at θ⋆} ×
-{mean = the network's output, mean = the posterior's}. Scores are test NLL and RMSE in original units, mean ± standard
-error over splits.
+the network with the standard deviation of its training residuals, and {one λ, one λ per layer} × {evidence at θ̃, at
+θ⋆} × {mean = the network's output, mean = the posterior's}. Scores are test NLL and RMSE in original units, mean ±
+standard error over splits.
 
     python scripts/uci.py --quick [--data FOLDER] [--out docs/results] [--workers 2]
 
@@ -86,14 +86,23 @@ def table(results: list[tuple[str, str, int, str, float, float, float]]) -> str:
     lines = []
     for (name, kind), rows in cells.items():
         count = len(next(iter(rows.values())))
-        lines += ["", f"## {name}, {kind} splits ({count})", "", "| | NLL | worst NLL | RMSE | seconds |", "|---|---|---|---|---|"]
+        lines += [
+            "",
+            f"## {name}, {kind} splits ({count})",
+            "",
+            "| | NLL | worst NLL | RMSE | seconds |",
+            "|---|---|---|---|---|",
+        ]
         for row, values in rows.items():
             nll, error, seconds = (list(column) for column in zip(*values, strict=True))
             lines.append(
-                f"| {row} | {mean_error(nll)} | {max(nll):.2f} | {mean_error(error)} | {sum(seconds) / len(seconds):.1f} |"
+                f"| {row} | {mean_error(nll)} | {max(nll):.2f} | {mean_error(error)} "
+                f"| {sum(seconds) / len(seconds):.1f} |"
             )
     failed = sum(row.endswith("(!)") for *_, row, _, _, _ in results) // 2
-    return "\n".join([*lines, "", f"Fits that did not converge: {failed} of {len(FITS) * len({r[:3] for r in results})}."])
+    return "\n".join(
+        [*lines, "", f"Fits that did not converge: {failed} of {len(FITS) * len({r[:3] for r in results})}."]
+    )
 
 
 def main() -> None:
@@ -128,10 +137,13 @@ def main() -> None:
             results += rows
             writer.writerows(rows)
             file.flush()
-            print(f"[{done}/{len(jobs)}] {rows[0][0]} {rows[0][1]} {rows[0][2]}: {time.perf_counter() - start:.0f} s", flush=True)
+            print(
+                f"[{done}/{len(jobs)}] {rows[0][0]} {rows[0][1]} {rows[0][2]}: {time.perf_counter() - start:.0f} s",
+                flush=True,
+            )
     text = table(results)
     print(text)
-    title = "# UCI regression without a validation set\n\nNLL and RMSE in original units, mean ± standard error over splits."
+    title = "# UCI regression without a validation set\n\nNLL and RMSE in original units, mean ± s.e. over splits."
     (arguments.out / "uci.md").write_text(f"{title}\n{text}\n")
 
 

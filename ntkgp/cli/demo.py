@@ -35,7 +35,7 @@ class Sizes:
     steps: int
 
 
-FULL = Sizes(train_images=160, test_images=600, corrupted_images=150, steps=400)
+FULL = Sizes(train_images=200, test_images=600, corrupted_images=150, steps=400)
 QUICK = Sizes(train_images=60, test_images=100, corrupted_images=25, steps=150)
 
 
@@ -185,23 +185,30 @@ def draw(
             data=toy_data if last else None,
             truth=datasets.toy_gap_function(band.x) if last else None,
             label=f"{name}, ± 2 sd",
-            color=plots.COLORS[0 if last else 1],
+            color=plots.COLORS[3 if last else 1],
             ax=axes[0],
         )
     # The classical bands are several times wider than everything else and may leave the panel.
     edge = bands[METHODS[3].name].mean.abs() + 2 * bands[METHODS[3].name].variance.sqrt()
     axes[0].set_ylim(-1.15 * float(edge.max()), 1.7 * float(edge.max()))
     axes[0].legend(loc="upper left", ncols=2, frameon=False, fontsize=8)
-    axes[0].set_title("1-50-50-1 network with BatchNorm, data with a gap", loc="left")
+    colors = {method.name: color for method, color in zip(METHODS, plots.COLORS, strict=False)}
     data, results = diabetes
     target = data.y_test.double() * data.target_std + data.target_mean
-    plots.coverage_curve({r.row.method: (r.mean, r.variance) for r in results}, target, ax=axes[1])
-    axes[1].set_title("diabetes: coverage of test intervals", loc="left")
-    plots.reliability_diagram({r.row.method: r.probabilities for r in digits}, digits_data.labels_test, ax=axes[2])
-    axes[2].set_title("digits: reliability on test images", loc="left")
+    intervals = {result.row.method: (result.mean, result.variance) for result in results}
+    plots.coverage_curve(intervals, target, colors=colors, ax=axes[1])
+    probabilities = {result.row.method: result.probabilities for result in digits}
+    plots.reliability_diagram(probabilities, digits_data.labels_test, colors=colors, ax=axes[2])
     traces = {r.row.method: r.report.trace for r in digits if r.report is not None and r.report.at == "theta_star"}
-    plots.evidence_trace(traces, ax=axes[3])
-    axes[3].set_title("digits: evidence", loc="left")
+    plots.evidence_trace(traces, colors=colors, ax=axes[3])
+    titles = (
+        "Toy: network 1-50-50-1 with BatchNorm",
+        "Diabetes: coverage of test intervals",
+        "Digits: reliability on test images",
+        "Digits: evidence",
+    )
+    for ax, title in zip(axes, titles, strict=True):
+        ax.set_title(title, loc="left", fontsize=10)
     return figure
 
 

@@ -9,6 +9,7 @@ import zipfile
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import gpytorch
 import numpy as np
@@ -163,7 +164,8 @@ def run_fit(options: FitOptions) -> EvidenceReport:
     options.out.mkdir(parents=True, exist_ok=True)
     torch.save({name: value.detach().cpu() for name, value in model.state_dict().items()}, options.out / "posterior.pt")
     predictions = predict(model, data)
-    np.savez(options.out / "predictions.npz", **{name: value.numpy() for name, value in predictions.items()})
+    arrays: dict[str, Any] = {name: value.numpy() for name, value in predictions.items()}
+    np.savez(options.out / "predictions.npz", **arrays)
     text = describe(options, lin, data, report, predictions)
     (options.out / "report.txt").write_text(text + "\n", encoding="utf-8")
     print(text)

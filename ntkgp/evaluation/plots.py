@@ -108,7 +108,12 @@ def predictive_bands(
 
 
 def reliability_diagram(
-    predictions: Mapping[str, Tensor], labels: Tensor, *, bins: int = 15, ax: Axes | None = None
+    predictions: Mapping[str, Tensor],
+    labels: Tensor,
+    *,
+    bins: int = 15,
+    colors: Mapping[str, str] | None = None,
+    ax: Axes | None = None,
 ) -> Axes:
     """
     Accuracy against confidence per bin of the largest probability; the area of a marker is the share of points.
@@ -116,6 +121,7 @@ def reliability_diagram(
     :param predictions: name of each model and its probabilities ``(N, C)``.
     :param labels: classes, ``(N,)``.
     :param bins: number of bins; the expected calibration error of each model in the legend uses the same.
+    :param colors: line colour per model; default: :data:`COLORS` in turn.
     :param ax: where to draw; default: a new figure.
     :return: the axes.
     :raises ValueError: no model, rows that are no probabilities, labels out of range.
@@ -131,7 +137,7 @@ def reliability_diagram(
         keep = count > 0
         lowest = min(lowest, float(confidence[keep].min()), float(correct[keep].min()))
         area = _numbers(12 + 160 * (count / count.sum())[keep])
-        color, marker = COLORS[index % len(COLORS)], _MARKERS[index % len(_MARKERS)]
+        color, marker = _color(colors, name, index), _MARKERS[index % len(_MARKERS)]
         points = _numbers(confidence[keep]), _numbers(correct[keep])
         ax.plot(*points, color=color, lw=1.3, alpha=0.8, zorder=2)
         ax.scatter(*points, s=area, color=color, marker=marker, alpha=0.8, lw=0, zorder=3)
@@ -145,12 +151,19 @@ def reliability_diagram(
     return ax
 
 
-def coverage_curve(predictions: Mapping[str, tuple[Tensor, Tensor]], target: Tensor, *, ax: Axes | None = None) -> Axes:
+def coverage_curve(
+    predictions: Mapping[str, tuple[Tensor, Tensor]],
+    target: Tensor,
+    *,
+    colors: Mapping[str, str] | None = None,
+    ax: Axes | None = None,
+) -> Axes:
     """
     Observed against nominal coverage of the central intervals of Gaussian predictions.
 
     :param predictions: name of each model and its predictive mean and total variance, each of the shape of ``target``.
     :param target: observed values.
+    :param colors: line colour per model; default: :data:`COLORS` in turn.
     :param ax: where to draw; default: a new figure.
     :return: the axes.
     :raises ValueError: no model, shapes that differ, a variance that is not positive.
@@ -163,7 +176,7 @@ def coverage_curve(predictions: Mapping[str, tuple[Tensor, Tensor]], target: Ten
     for index, (name, (mean, variance)) in enumerate(predictions.items()):
         observed = metrics.coverage_curve(mean, variance, target, levels)
         area = float(metrics.centered_quantile_metric(mean, variance, target))
-        color = COLORS[index % len(COLORS)]
+        color = _color(colors, name, index)
         ax.plot(_numbers(levels), _numbers(observed), color=color, lw=1.6, label=f"{name}  (CQM {area:.3f})")
     ax.set_xlim(0, 1)
     ax.set_ylim(0, 1)
@@ -173,11 +186,17 @@ def coverage_curve(predictions: Mapping[str, tuple[Tensor, Tensor]], target: Ten
     return ax
 
 
-def evidence_trace(traces: Mapping[str, Sequence[float] | Tensor], *, ax: Axes | None = None) -> Axes:
+def evidence_trace(
+    traces: Mapping[str, Sequence[float] | Tensor],
+    *,
+    colors: Mapping[str, str] | None = None,
+    ax: Axes | None = None,
+) -> Axes:
     """
     Log evidence after each accepted step, one line per run, with its final value.
 
     :param traces: name of each run and its log evidence per step, in nats.
+    :param colors: line colour per run; default: :data:`COLORS` in turn.
     :param ax: where to draw; default: a new figure.
     :return: the axes.
     :raises ValueError: no run, an empty trace.
@@ -190,7 +209,7 @@ def evidence_trace(traces: Mapping[str, Sequence[float] | Tensor], *, ax: Axes |
         values = torch.as_tensor(trace, dtype=torch.float64).flatten()
         if len(values) == 0:
             raise ValueError(f"traces: {name!r} is empty")
-        color, marker = COLORS[index % len(COLORS)], _MARKERS[index % len(_MARKERS)]
+        color, marker = _color(colors, name, index), _MARKERS[index % len(_MARKERS)]
         label = f"{name}  ({float(values[-1]):.1f})"
         ax.plot(range(len(values)), _numbers(values), color=color, lw=1.4, marker=marker, ms=3.5, mew=0, label=label)
         highest.append(float(values.max()))
@@ -204,6 +223,11 @@ def evidence_trace(traces: Mapping[str, Sequence[float] | Tensor], *, ax: Axes |
     ax.set_ylabel("log evidence (nats)")
     ax.legend(loc="lower right", **_LEGEND)
     return ax
+
+
+def _color(colors: Mapping[str, str] | None, name: str, index: int) -> str:
+    """Colour asked for, or the next one."""
+    return (colors or {}).get(name, COLORS[index % len(COLORS)])
 
 
 def _numbers(values: Tensor) -> Any:
@@ -222,5 +246,4 @@ def _style(ax: Axes) -> None:
     ax.tick_params(labelsize=8, color="#999999", labelcolor=_INK)
     ax.xaxis.label.set(size=9, color=_INK)
     ax.yaxis.label.set(size=9, color=_INK)
-    for title in (ax.title, ax._left_title):
-        title.set(size=10, color=_INK)
+    ax.title.set(size=10, color=_INK)

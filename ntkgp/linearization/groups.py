@@ -44,7 +44,8 @@ class ParameterGroups:
                 raise ValueError(f"partition: group {name!r} is empty")
             for member in members:
                 if not isinstance(member, str | Tensor):
-                    raise TypeError(f"partition: group {name!r} holds a {type(member).__name__}; expected str or Tensor")
+                    came = type(member).__name__
+                    raise TypeError(f"partition: group {name!r} holds a {came}; expected str or Tensor")
         self._network: LinearizedNetwork | None = None
 
     def bind(
@@ -116,7 +117,7 @@ class ParameterGroups:
 
     @property
     def is_normalized(self) -> tuple[bool, ...]:
-        """Whether scaling the group by any k > 0 leaves the network's output unchanged (normalisers on batch statistics).
+        """Whether scaling the group by any k > 0 leaves the output unchanged (normalisers on batch statistics).
 
         True when the group is a union of normalised sets found in the computation.
         """
@@ -145,7 +146,7 @@ class ParameterGroups:
         r"""Relative error of the scale invariance per group, :math:`\|J_g\theta_g\| / (\|J_g\|_F\,\|\theta_g\|)`.
 
         Euler's identity: an output that does not change under :math:`\theta_g \to k\theta_g` has
-        :math:`J_g\theta_g = 0` (Antorán et al. 2022, §4). Normalisers run on the statistics of the batch ``x`` and their
+        :math:`J_g\theta_g = 0` (Antorán et al. 2022, §4). Normalisers run on the statistics of the batch ``x``, their
         eps is removed, in float64: about 1e-13 for a normalised group, of order 0.01–1 for any other.
 
         :param x: packed or raw inputs, N ≥ 2 rows (BatchNorm needs a batch).
@@ -185,7 +186,9 @@ def layer_partition(names: Iterable[str]) -> dict[str, list[str]]:
     return partition
 
 
-def normalization_partition(names: Sequence[str], normalized: Sequence[tuple[str, Sequence[str]]]) -> dict[str, list[str]]:
+def normalization_partition(
+    names: Sequence[str], normalized: Sequence[tuple[str, Sequence[str]]]
+) -> dict[str, list[str]]:
     """One group per normalised set ``(label, names)``, and one for the rest."""
     partition: dict[str, list[str]] = {}
     taken: set[str] = set()

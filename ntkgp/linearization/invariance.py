@@ -37,7 +37,7 @@ class _Scaled:
         self._leaves = [leaf.to(torch.float64) if leaf.is_floating_point() else leaf for leaf in leaves]
 
     def output(self) -> Tensor:
-        """f at the present scaling, flattened."""
+        """F at the present scaling, flattened."""
         from ntkgp.linearization.homogeneity import exact_statistics
 
         with pass_environment(self._leaves[0].device), exact_statistics():
@@ -91,7 +91,8 @@ def euler_error(frozen: FrozenNetwork, groups: ParameterGroups, leaves: Sequence
     network = _Scaled(frozen, leaves)
     for p in network.parameters.values():
         p.requires_grad_(True)
-    normalized = [n for members, flag in zip(groups.members, groups.is_normalized, strict=True) if flag for n in members]
+    flagged = zip(groups.members, groups.is_normalized, strict=True)
+    normalized = [name for members, flag in flagged if flag for name in members]
     errors = []
     with network.scaled(normalized, _SCALE):
         pulled = network.gradients()

@@ -112,11 +112,11 @@ class LinearizedNetwork:
                 )
             try:
                 rows = [self.frozen.run(module, [leaf[n : n + 1] for leaf in leaves]) for n in range(len(batch))]
-            except (RuntimeError, ValueError, IndexError) as error:
+            except (RuntimeError, ValueError, IndexError) as reason:
                 raise ValueError(
-                    f"net: runs on {len(batch)} rows but not on one ({error}); a Gaussian process needs f(x) per row. "
+                    f"net: runs on {len(batch)} rows but not on one ({reason}); a Gaussian process needs f(x) per row. "
                     "BatchNorm must keep running statistics"
-                ) from error
+                ) from reason
         if not torch.isfinite(batch).all():
             raise ValueError("net: its outputs on the example are NaN or infinite")
         single = torch.cat(rows)

@@ -43,11 +43,11 @@ def from_network(
     """Linearise a trained network, build its Gaussian process and fit the evidence.
 
     :param net: the trained network.
-    :param train_data: ``(x, y)`` with x as the network takes it, or a ``Dataset`` or ``DataLoader`` of ``(x, y)`` pairs or of
-        dicts with ``"labels"``. Targets are (N, C), (N, *output shape) or class labels (N,).
+    :param train_data: ``(x, y)`` with x as the network takes it, or a ``Dataset`` or ``DataLoader`` of ``(x, y)`` pairs
+        or of dicts with ``"labels"``. Targets are (N, C), (N, *output shape) or class labels (N,).
     :param likelihood: ``"regression"`` (Gaussian noise, one per output of a vector, not below the rounding noise of the
-        targets: see :func:`~ntkgp.models.noise.noise_floor`), ``"classification"`` (softmax, or logistic for one output),
-        or a likelihood.
+        targets: see :func:`~ntkgp.models.noise.noise_floor`), ``"classification"`` (softmax, or logistic for one
+        output), or a likelihood.
     :param inference: ``"auto"`` or ``"exact"``.
     :param groups: parameter groups, see :class:`~ntkgp.LinearizedNetwork`.
     :param mean: ``"network"`` or ``"posterior"``, see :class:`~ntkgp.ExactNTKGP`.
@@ -56,8 +56,8 @@ def from_network(
     :param max_memory: budget for the Grams and their factorisation; half of the machine's memory by default.
     :param fit_options: passed to :func:`~ntkgp.fit_evidence` (``method``, ``at``, ``progress``, …).
     :return: the model, in eval mode.
-    :raises ValueError: data too large for exact inference (the message says how large N·C may be and what this one would
-        need), other inference, or data that the model refuses.
+    :raises ValueError: data too large for exact inference (the message says how large N·C may be and what this one
+        would need), other inference, or data that the model refuses.
 
     Cost: see :class:`~ntkgp.ExactNTKGP` and :func:`~ntkgp.fit_evidence`.
 
@@ -91,9 +91,9 @@ def _check_size(rows: int, num_groups: int, budget: int) -> None:
     if needed > budget:
         largest = math.isqrt(budget // (8 * _matrices(num_groups)))
         raise ValueError(
-            f"train_data: exact inference with N·C = {rows} rows and {num_groups} group(s) needs {format_memory(needed)}; "
-            f"the budget of {format_memory(budget)} allows N·C up to {largest}. Use fewer data, fewer groups "
-            "(groups='single'), or a larger max_memory"
+            f"train_data: exact inference with N·C = {rows} rows and {num_groups} group(s) needs "
+            f"{format_memory(needed)}; the budget of {format_memory(budget)} allows N·C up to {largest}. Use fewer data, "
+            "fewer groups (groups='single'), or a larger max_memory"
         )
 
 

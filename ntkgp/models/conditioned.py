@@ -55,7 +55,7 @@ class ConditionedNTKGP(GP):
                 raise ValueError(f"{name}: NaN or infinite values; expected finite numbers")
         if noise is not None and bool((noise < 0).any()):
             raise ValueError("noise: expected variances, got a negative number")
-        batch = torch.broadcast_shapes(inputs.shape[:-2], targets.shape[: -len(event)])
+        batch = torch.broadcast_shapes(base.batch_shape, inputs.shape[:-2], targets.shape[: -len(event)])
         self.base, self.likelihood = base, base.likelihood
         self.inputs = inputs
         self.targets = targets.to(torch.float64).expand(*batch, *event)
@@ -81,7 +81,7 @@ class ConditionedNTKGP(GP):
 
     @property
     def batch_shape(self) -> torch.Size:
-        """Batch shape of the new observations."""
+        """Batch shape of the new observations and of those before."""
         return self.targets.shape[:-1] if self.num_outputs == 1 else self.targets.shape[:-2]
 
     def _inputs(self, x: Any) -> Tensor:
@@ -116,15 +116,19 @@ class ConditionedNTKGP(GP):
     def _common(self, batch: torch.Size) -> torch.Size:
         return torch.broadcast_shapes(batch, self.batch_shape)
 
-    def get_fantasy_model(self, inputs: Any, targets: Tensor, **kwargs: Any) -> ConditionedNTKGP:
+    def get_fantasy_model(self, inputs: Any, targets: Tensor, noise: Tensor | None = None) -> ConditionedNTKGP:
         """Condition on more observations."""
-        return ConditionedNTKGP(self, self._inputs(inputs), targets, **kwargs)
+        return ConditionedNTKGP(self, self._inputs(inputs), targets, noise)
 
     def condition_on_observations(
-        self, X: Any, Y: Tensor, noise: Tensor | None = None, **kwargs: Any  # noqa: N803
+        self, X: Any, Y: Tensor, noise: Tensor | None = None  # noqa: N803
     ) -> ConditionedNTKGP:
         """BoTorch's name and shape (*batch, q, C) of targets and noise for :meth:`get_fantasy_model`."""
         return self.get_fantasy_model(X, *event_shaped(self.num_outputs, Y, noise))
+
+    def transform_inputs(self, X: Tensor, input_transform: Any = None) -> Tensor:  # noqa: N803
+        """BoTorch's hook: the identity, the network holds its own preprocessing."""
+        return X
 
     def posterior(self, X: Any, output_indices: Any = None, observation_noise: Any = False, **kwargs: Any) -> Any:  # noqa: N803
         """BoTorch posterior at X; see :func:`ntkgp.botorch.posterior`."""

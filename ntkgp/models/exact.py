@@ -317,15 +317,19 @@ class ExactNTKGP(ExactGP):
             weights = weights + pulled.to(torch.float64) * scale.square()
         return FunctionSamples(lin, self._mean, weights)
 
-    def get_fantasy_model(self, inputs: Any, targets: Tensor, **kwargs: Any) -> ConditionedNTKGP:
+    def get_fantasy_model(self, inputs: Any, targets: Tensor, noise: Tensor | None = None) -> ConditionedNTKGP:
         """This model's posterior conditioned on new observations; see :class:`~ntkgp.models.conditioned.ConditionedNTKGP`."""
-        return ConditionedNTKGP(self, self._inputs(inputs), targets, **kwargs)
+        return ConditionedNTKGP(self, self._inputs(inputs), targets, noise)
 
     def condition_on_observations(
-        self, X: Any, Y: Tensor, noise: Tensor | None = None, **kwargs: Any  # noqa: N803
+        self, X: Any, Y: Tensor, noise: Tensor | None = None  # noqa: N803
     ) -> ConditionedNTKGP:
         """BoTorch's name and shape (*batch, q, C) of targets and noise for :meth:`get_fantasy_model`."""
         return self.get_fantasy_model(X, *event_shaped(self.num_outputs, Y, noise))
+
+    def transform_inputs(self, X: Tensor, input_transform: Any = None) -> Tensor:  # noqa: N803
+        """BoTorch's hook: the identity, the network holds its own preprocessing."""
+        return X
 
     def posterior(self, X: Any, output_indices: Any = None, observation_noise: Any = False, **kwargs: Any) -> Any:  # noqa: N803
         """BoTorch posterior at X; see :func:`ntkgp.botorch.posterior`. Needs botorch."""

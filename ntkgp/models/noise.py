@@ -116,7 +116,8 @@ class NoiseLink:
     def _multitask(self, likelihood: MultitaskGaussianLikelihood) -> NoiseModel:
         rows = self._n * self._c
         if not likelihood.has_task_noise:
-            return NoiseModel.homoscedastic(rows, likelihood.noise.detach().reshape(()), _minimum(likelihood, "raw_noise"))
+            value = likelihood.noise.detach().reshape(())
+            return NoiseModel.homoscedastic(rows, value, _minimum(likelihood, "raw_noise"))
         values, low = likelihood.task_noises.detach().reshape(-1), _minimum(likelihood, "raw_task_noises")
         if likelihood.has_global_noise:
             # The two are redundant: their sum is what the data determine.
@@ -159,6 +160,7 @@ def _assign(module: gpytorch.Module, name: str, value: Tensor) -> None:
     raw = getattr(module, name)
     constraint = module.constraint_for_parameter_name(name)
     low = max(float(constraint.lower_bound), 0.0)
-    inside = value.to(raw).reshape(raw.shape).clamp_min(low * (1 + 1e-6) + 1e-30)
+    high = float(constraint.upper_bound)
+    inside = value.to(raw).reshape(raw.shape).clamp(low * (1 + 1e-6) + 1e-30, high * (1 - 1e-6))
     with torch.no_grad():
         raw.copy_(constraint.inverse_transform(inside))

@@ -10,7 +10,7 @@ from torch import Tensor
 
 
 class PosteriorCovariance(SumLinearOperator):
-    r"""Prior covariance minus what the data explain, :math:`K_{xx} - R R^\top`; nothing N × N is formed until asked for.
+    r"""Prior covariance minus what the data explain, :math:`K_{xx} - R R^\top`, formed only when asked for.
 
     :param prior: K(x, x), shape (*batch, T·C, T·C).
     :param root: R, shape (*batch, T·C, r).

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import copy
 
-import ntkgp
 import pytest
 import torch
-from ntkgp.linearization.grams import block_rows
-from ntkgp.linearization.memory import format_memory, parse_memory
 from torch import Tensor, nn
 
+import ntkgp
+from ntkgp.linearization.grams import block_rows
+from ntkgp.linearization.memory import format_memory, parse_memory
 from tests import reference as ref
 from tests.architectures import CASES
 

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import ntkgp
 import pytest
 import torch
-from ntkgp import ParameterGroups
 from torch import nn
 
+import ntkgp
+from ntkgp import ParameterGroups
 from tests import reference as ref
 from tests.architectures import CASES
 

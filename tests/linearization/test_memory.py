@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 
 import pytest
+
 from ntkgp.linearization.memory import format_memory, parse_memory
 
 

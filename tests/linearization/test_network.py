@@ -8,13 +8,13 @@ import logging
 import pickle
 from contextlib import nullcontext
 
-import ntkgp
 import pytest
 import torch
 import torch.nn.functional as F
-from ntkgp.linearization.packing import tree_flatten
 from torch import Tensor, nn
 
+import ntkgp
+from ntkgp.linearization.packing import tree_flatten
 from tests import reference as ref
 from tests.architectures import CASES
 

@@ -6,9 +6,10 @@ from collections import OrderedDict, UserDict, namedtuple
 
 import pytest
 import torch
+
 from ntkgp.linearization.packing import InputPacking, tree_flatten, tree_unflatten
 
-Pair = namedtuple("Pair", ["left", "right"])  # noqa: PYI024
+Pair = namedtuple("Pair", ["left", "right"])
 LARGE = 2**53
 
 TREES = {

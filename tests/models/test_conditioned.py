@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import gpytorch
-import ntkgp
 import pytest
 import torch
 from gpytorch.likelihoods import FixedNoiseGaussianLikelihood, GaussianLikelihood, MultitaskGaussianLikelihood
 from torch import Tensor
 
+import ntkgp
 from tests import reference as ref
 
 DOUBLE = torch.float64

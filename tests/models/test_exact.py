@@ -9,7 +9,6 @@ from collections.abc import Callable
 from typing import ClassVar
 
 import gpytorch
-import ntkgp
 import pytest
 import torch
 from gpytorch.likelihoods import (
@@ -19,9 +18,10 @@ from gpytorch.likelihoods import (
     MultitaskGaussianLikelihood,
 )
 from gpytorch.mlls import ExactMarginalLogLikelihood
-from ntkgp.likelihoods import BernoulliLikelihood, CategoricalLikelihood
 from torch import Tensor, nn
 
+import ntkgp
+from ntkgp.likelihoods import BernoulliLikelihood, CategoricalLikelihood
 from tests import reference as ref
 from tests.architectures import CASES
 
@@ -274,7 +274,7 @@ def test_a_full_task_covariance_is_not_fitted_by_the_fixed_point() -> None:
 def test_a_shared_likelihood_sees_the_fitted_noise() -> None:
     _, model, _, _ = regression("gaussian, 3 outputs", groups="layer")
     ntkgp.fit_evidence(model)
-    assert float(model._given.noise) == pytest.approx(float(model.likelihood.noise))
+    assert model._given.noise.item() == model.likelihood.noise.item() != 0.04
 
 
 # --- passes over the data --------------------------------------------------------------------------------------------

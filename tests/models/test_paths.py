@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import gpytorch
-import ntkgp
 import pytest
 import torch
-from ntkgp.likelihoods import CategoricalLikelihood
 from torch import Tensor
 
+import ntkgp
+from ntkgp.likelihoods import CategoricalLikelihood
 from tests import reference as ref
 
 DOUBLE = torch.float64

@@ -1,0 +1,83 @@
+"""The private copy, the environment of a pass, and how outputs are picked."""
+
+from __future__ import annotations
+
+import warnings
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from ntkgp.linearization.frozen import FrozenNetwork, pass_environment, pick_output, private_copy
+
+
+def frozen(net: nn.Module, leaves: list[Tensor]) -> FrozenNetwork:
+    return FrozenNetwork(net, lambda parts: parts[0], None, [leaf.dtype for leaf in leaves])
+
+
+def test_the_copy_is_in_evaluation_mode_and_shares_nothing() -> None:
+    net = nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4), nn.Dropout(), nn.Embedding(5, 2, sparse=True))
+    copied = private_copy(net)
+    assert not any(module.training for module in copied.modules())
+    assert all(module.training for module in net.modules())
+    assert not copied[3].sparse
+    assert net[3].sparse
+    mine = {p.data_ptr() for p in [*net.parameters(), *net.buffers()] if p.numel()}
+    assert not mine & {p.data_ptr() for p in [*copied.parameters(), *copied.buffers()] if p.numel()}
+
+
+def test_tensors_kept_with_their_graph_are_copied_detached() -> None:
+    net = nn.Linear(3, 4)
+    net.kept = net.weight * 2
+    net.lists = {"a": [net.weight.sum()]}
+    copied = private_copy(net)
+    assert torch.equal(copied.kept, net.kept)
+    assert copied.kept.grad_fn is None
+    assert copied.lists["a"][0].grad_fn is None
+    assert net.kept.grad_fn is not None
+
+
+def test_tied_weights_stay_tied() -> None:
+    net = nn.Sequential(nn.Linear(3, 3), nn.Linear(3, 3))
+    net[1].weight = net[0].weight
+    copied = private_copy(net)
+    assert copied[0].weight is copied[1].weight
+    assert frozen(net, [torch.ones(1, 3)]).trainable == ("0.weight", "0.bias", "1.bias")
+
+
+@pytest.mark.parametrize("grad", [True, False])
+def test_the_environment_is_put_back(grad: bool) -> None:
+    state = torch.get_rng_state()
+    fast, filters = torch.backends.mha.get_fastpath_enabled(), list(warnings.filters)
+
+    def passes() -> None:
+        with torch.set_grad_enabled(grad), pass_environment():
+            assert torch.is_grad_enabled()
+            assert not torch.backends.mha.get_fastpath_enabled()
+            torch.rand(3)
+            raise KeyError
+
+    with pytest.raises(KeyError):
+        passes()
+    assert torch.equal(state, torch.get_rng_state())
+    assert torch.backends.mha.get_fastpath_enabled() == fast
+    assert warnings.filters == filters
+
+
+def test_picked_outputs() -> None:
+    y = torch.ones(2, 3)
+    assert pick_output(y, None) is y
+    assert pick_output({"logits": y, "loss": None}, None) is y
+    assert pick_output({"a": {"b": y}}, lambda out: out["a"]["b"]) is y
+    for bad, name in (((y, y), "tuple"), ({"hidden": y}, "dict"), (None, "NoneType")):
+        with pytest.raises(TypeError, match=f"net returned a {name}; expected one tensor"):
+            pick_output(bad, None)
+    with pytest.raises(TypeError, match=r"net returned a torch.bool tensor"):
+        pick_output(y > 0, None)
+
+
+def test_activations_are_counted_per_row() -> None:
+    net = nn.Sequential(nn.Linear(3, 100), nn.Tanh(), nn.Linear(100, 2))
+    counts = [frozen(net, [torch.ones(n, 3)]).activation_bytes([torch.ones(n, 3)]) for n in (1, 64)]
+    assert counts[1] >= 4 * (100 + 100 + 2)
+    assert counts[0] >= counts[1]

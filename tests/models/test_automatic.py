@@ -1,0 +1,161 @@
+"""from_network: one call from a trained network and its data to a fitted model."""
+
+from __future__ import annotations
+
+import copy
+
+import gpytorch
+import pytest
+import torch
+from torch import nn
+from torch.utils.data import DataLoader, Dataset, IterableDataset, TensorDataset
+
+import ntkgp
+from ntkgp.likelihoods import BernoulliLikelihood, CategoricalLikelihood
+from tests import reference as ref
+from tests.architectures import CASES
+
+S = ref.batchnorm_net(3)
+
+
+def test_tensors_dataset_and_loader_give_the_same() -> None:
+    data = TensorDataset(S.x, S.y)
+    models = [
+        ntkgp.from_network(S.net, source)
+        for source in ((S.x, S.y), [S.x, S.y], data, DataLoader(data, batch_size=7), list_dataset())
+    ]
+    for model in models:
+        assert not model.training
+        assert model.report.log_evidence == models[0].report.log_evidence
+        assert torch.equal(model(S.x_test).variance, models[0](S.x_test).variance)
+        assert torch.equal(model(S.x_test).mean, model.lin(S.x_test))
+
+
+def list_dataset() -> Dataset:
+    class Rows(Dataset):
+        def __len__(self) -> int:
+            return len(S.x)
+
+        def __getitem__(self, i: int) -> tuple[torch.Tensor, torch.Tensor]:
+            return S.x[i], S.y[i]
+
+    return Rows()
+
+
+def test_an_iterable_dataset() -> None:
+    class Stream(IterableDataset):
+        def __iter__(self):
+            return zip(S.x, S.y, strict=True)
+
+    assert len(ntkgp.from_network(S.net, Stream()).train_inputs[0]) == len(S.x)
+
+
+def test_a_shuffled_loader_leaves_the_global_random_state_alone() -> None:
+    random = torch.get_rng_state()
+    model = ntkgp.from_network(S.net, DataLoader(TensorDataset(S.x, S.y), batch_size=7, shuffle=True))
+    assert torch.equal(random, torch.get_rng_state())
+    ordered = ntkgp.from_network(S.net, (S.x, S.y))
+    assert model.report.log_evidence == pytest.approx(ordered.report.log_evidence, rel=1e-9)
+
+
+def test_batches_of_dicts_with_labels() -> None:
+    case = CASES["dict_inputs"]()
+    labels = torch.arange(6) % 2
+
+    class Rows(Dataset):
+        def __len__(self) -> int:
+            return 6
+
+        def __getitem__(self, i: int) -> dict[str, torch.Tensor]:
+            return {key: value[i] for key, value in case.example.items()} | {"labels": labels[i]}
+
+    n = ntkgp.LinearizedNetwork(case.net, case.example).num_outputs
+    model = ntkgp.from_network(case.net, DataLoader(Rows(), batch_size=4), "classification")
+    again = ntkgp.from_network(case.net, (case.example, labels), "classification")
+    assert model.likelihood(model(case.example)).probs.shape == (6, n)
+    assert torch.equal(model(case.example).variance, again(case.example).variance)
+
+
+def test_pairs_of_inputs() -> None:
+    case = CASES["tuple_inputs"]()
+    y = torch.randn(6, 2, dtype=torch.float64)
+    loader = DataLoader([((case.example[0][i], case.example[1][i]), y[i]) for i in range(6)], batch_size=4)
+    model = ntkgp.from_network(case.net, loader)
+    assert model(case.example).mean.shape == (6, 2)
+
+
+def test_likelihoods() -> None:
+    assert isinstance(ntkgp.from_network(S.net, (S.x, S.y)).likelihood, gpytorch.likelihoods.MultitaskGaussianLikelihood)
+    r = ref.problem_r()
+    for y in (r.y, r.y.unsqueeze(-1)):
+        model = ntkgp.from_network(r.net, (r.x, y))
+        assert isinstance(model.likelihood, gpytorch.likelihoods.GaussianLikelihood)
+    cnn = ref.layernorm_cnn(3)
+    assert isinstance(ntkgp.from_network(cnn.net, (cnn.x, cnn.y), "classification").likelihood, CategoricalLikelihood)
+    binary = ntkgp.from_network(r.net, (r.x, (r.y > 0).long()), "classification")
+    assert isinstance(binary.likelihood, BernoulliLikelihood)
+    assert binary.likelihood(binary(r.x_test)).probs.shape == (15,)
+    own = CategoricalLikelihood(num_classes=3, link="mc")
+    assert ntkgp.from_network(cnn.net, (cnn.x, cnn.y), own).likelihood is own
+
+
+def test_targets_in_tiny_units_are_not_stopped_by_a_noise_floor() -> None:
+    net = copy.deepcopy(S.net)
+    with torch.no_grad():
+        net[-1].weight.mul_(1e-6)
+        net[-1].bias.mul_(1e-6)
+    small = ntkgp.from_network(net, (S.x, 1e-6 * S.y), groups="layer")
+    model = ntkgp.from_network(S.net, (S.x, S.y), groups="layer")
+    assert torch.allclose(small.report.noise * 1e12, model.report.noise, rtol=1e-2)
+
+
+def test_options_are_passed_on() -> None:
+    model = ntkgp.from_network(S.net, (S.x, S.y), groups="single", mean="posterior", method="lbfgs", at="theta_map")
+    assert model.lin.groups.names == ("all",)
+    assert (model.mean, model.report.method, model.report.at) == ("posterior", "lbfgs", "theta_map")
+    plain = ntkgp.from_network(S.net, (S.x, S.y), fit=False)
+    assert plain.report is None
+    assert torch.equal(plain.kernel.precision, torch.ones_like(plain.kernel.precision))
+
+    class Two(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.body = S.net
+
+        def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+            return self.body(x), x
+
+    assert ntkgp.from_network(Two(), (S.x, S.y), output=lambda out: out[0], fit=False).num_outputs == 3
+
+
+def test_too_much_for_exact_inference() -> None:
+    with pytest.raises(ValueError, match=r"train_data: .* N·C = 90 .* needs .*iB; the budget of 100 KiB allows N·C up to (\d+)"):
+        ntkgp.from_network(S.net, (S.x, S.y), max_memory="100KiB")
+    with pytest.raises(ValueError, match=r"N·C up to (\d+)") as caught:
+        ntkgp.from_network(S.net, (S.x, S.y), max_memory="500KiB")
+    largest = int(str(caught.value).partition("N·C up to ")[2].partition(".")[0])
+    rows = largest // 3
+    assert ntkgp.from_network(S.net, (S.x[:rows], S.y[:rows]), max_memory="500KiB").report is not None
+
+
+@pytest.mark.parametrize(
+    ("data", "kwargs", "kind", "words"),
+    [
+        ((S.x, S.y), {"inference": "nystrom"}, ValueError, "inference: expected 'auto' or 'exact', got 'nystrom'"),
+        ((S.x, S.y), {"likelihood": "poisson"}, ValueError, "likelihood: expected 'regression'.*got 'poisson'"),
+        (S.x, {}, TypeError, "train_data: expected .* got Tensor"),
+        ((S.x, S.y, S.y), {}, TypeError, "train_data: expected .* got tuple"),
+        (TensorDataset(S.x), {}, TypeError, "train_data: expected batches of"),
+        (TensorDataset(S.x[:0], S.y[:0]), {}, ValueError, "train_data has N = 0 rows"),
+        (DataLoader(TensorDataset(S.x[:3], S.y[:3]), batch_size=5, drop_last=True), {}, ValueError, "train_data has no batches"),
+        ((S.x * float("nan"), S.y), {}, ValueError, "NaN"),
+        ((S.x, S.y * float("nan")), {}, ValueError, "train_y holds NaN"),
+        ((S.x, S.y[:4]), {}, ValueError, "train_y: expected shape"),
+        ((S.x, torch.full((30,), 7)), {"likelihood": "classification"}, ValueError, "labels"),
+        ((S.x, S.y), {"method": "newton"}, ValueError, "method must be one of"),
+        ((S.x, S.y), {"max_memory": 0}, ValueError, "max_memory: expected"),
+    ],
+)
+def test_bad_input(data, kwargs: dict, kind, words: str) -> None:
+    with pytest.raises(kind, match=words):
+        ntkgp.from_network(S.net, data, **kwargs)
