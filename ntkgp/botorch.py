@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+from linear_operator import to_linear_operator
 from torch import Tensor
 
 try:
@@ -38,6 +39,7 @@ def posterior(
     :return: ``GPyTorchPosterior`` of event shape (q, C).
     :raises ValueError: observation noise of a classification model, or `output_indices`.
 
+    >>> import gpytorch, ntkgp
     >>> x = torch.randn(10, 2)
     >>> lin = ntkgp.LinearizedNetwork(torch.nn.Linear(2, 1), x)
     >>> model = ntkgp.ExactNTKGP(x, x[:, 0], gpytorch.likelihoods.GaussianLikelihood(), lin)
@@ -75,9 +77,10 @@ def fantasize(
 
     :param X: packed inputs (*batch, q, D).
     :param sampler: a BoTorch sampler, of S draws.
-    :param observation_noise: variances, (*batch, q or 1, C); by default the likelihood's own, a fixed noise by its mean.
+    :param observation_noise: variances, (*batch, q or 1, C); by default the likelihood's, a fixed noise by its mean.
     :return: a model of batch shape (S, *batch).
 
+    >>> import gpytorch, ntkgp
     >>> from botorch.sampling import SobolQMCNormalSampler
     >>> x = torch.randn(10, 2)
     >>> lin = ntkgp.LinearizedNetwork(torch.nn.Linear(2, 1), x)
@@ -111,7 +114,7 @@ def _with_variances(latent: Any, variances: Tensor, num_outputs: int) -> Any:
         raise ValueError(
             f"observation_noise: expected variances that expand to {tuple(event)}, got {tuple(variances.shape)}"
         )
-    return type(latent)(latent.mean, covariance + torch.diag_embed(values.flatten(-2)))
+    return type(latent)(latent.mean, to_linear_operator(covariance + torch.diag_embed(values.flatten(-2))))
 
 
 __all__ = ["fantasize", "posterior"]

@@ -147,7 +147,7 @@ def test_fit_classification(place):
 
 
 def test_fit_binary_with_one_logit(place):
-    status, net = _fit(place, "binary", _classification_arrays(classes=2))
+    status, _ = _fit(place, "binary", _classification_arrays(classes=2))
     assert status == 0
     predictions = {k: torch.as_tensor(v) for k, v in np.load(place[0] / "out" / "predictions.npz").items()}
     scale = torch.sqrt(1 + math.pi / 8 * predictions["latent_variance"])
@@ -174,7 +174,7 @@ def test_fit_binary_with_one_logit(place):
         ({"--data": "objects.npz"}, "--data: objects.npz is not an .npz file of plain arrays"),
         ({"--data": "text.npz"}, "--data: x holds <U1, expected numbers"),
         ({"--data": "empty.npz"}, "--data: x has shape (0, 1), expected at least one row"),
-        ({"--data": "nan.npz"}, "nan"),
+        ({"--data": "nan.npz"}, "NaN or infinite values (first in row 15)"),
         ({"--likelihood": "classification"}, "--data: classification needs integer labels in y, got float32"),
     ],
 )

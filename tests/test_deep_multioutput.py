@@ -13,6 +13,7 @@ from tests import reference
 
 DOUBLE = torch.float64
 TOLERANCE = 1e-9
+AT = ("theta_star", "theta_map")
 
 
 def close(found: Tensor | float, expected: Tensor | float) -> bool:
@@ -30,6 +31,12 @@ def build(sample: reference.Sample, likelihood: gpytorch.likelihoods.Likelihood,
     index = reference.index(sample.net, [{name} for name, _ in sample.net.named_parameters()])
     j, j_test = (reference.jacobian(sample.net, x).flatten(0, 1) for x in (sample.x, sample.x_test))
     return model, theta, j, j_test, sample.precision[index], index
+
+
+def log_of(model: ntkgp.ExactNTKGP) -> Tensor:
+    """(log λ, log σ²) of the model as it stands."""
+    noise = [] if model.is_classification else [model.likelihood.noise.detach().reshape(-1)]
+    return torch.cat([model.kernel.precision.detach(), *noise]).log()
 
 
 @pytest.mark.parametrize("outputs", [3, 10])
@@ -70,12 +77,3 @@ def test_softmax_four_layers_with_layernorm() -> None:
     assert close(evidence["theta_star"], posterior.log_evidence)
     fit = reference.label_log_likelihood(f, sample.y) - float((precision * theta.square()).sum()) / 2
     assert close(evidence["theta_map"], fit - posterior.logdet / 2)
-
-
-AT = ("theta_star", "theta_map")
-
-
-def log_of(model: ntkgp.ExactNTKGP) -> Tensor:
-    """(log λ, log σ²) of the model as it stands."""
-    noise = [] if model.is_classification else [model.likelihood.noise.detach().reshape(-1)]
-    return torch.cat([model.kernel.precision.detach(), *noise]).log()

@@ -2,7 +2,16 @@
 
 Its full GGN with BackPACK is float64 throughout and agrees to rounding. With Curvlinops the GGN is assembled in float32
 whatever the network's dtype, which leaves about 1e-7. Its functional Laplace (subset of data) with C > 1 outputs is
-right for one hidden layer only. The environment to run this in is described in CONTRIBUTING.md under "laplace-torch".
+right for one hidden layer only.
+
+An environment of its own is needed, without torchvision, which is pulled in though nothing uses it:
+
+    python3 -m venv .venv-laplace
+    .venv-laplace/bin/pip install -c constraints.txt . pytest pytest-timeout hypothesis torchmetrics opt_einsum einops \
+        curvlinops-for-pytorch==3.0.1 backpack-for-pytorch==1.7.1 asdfghjkl==0.1a4
+    .venv-laplace/bin/pip install --no-deps laplace-torch==0.3
+    .venv-laplace/bin/pip uninstall -y torchvision
+    .venv-laplace/bin/python -m pytest tests/test_laplace_torch.py
 """
 
 from __future__ import annotations
@@ -26,7 +35,7 @@ with warnings.catch_warnings():
     laplace = pytest.importorskip("laplace")
     curvature = pytest.importorskip("laplace.curvature")
 
-pytestmark = pytest.mark.filterwarnings("ignore")
+pytestmark = pytest.mark.filterwarnings("ignore:Full backward hook is firing:UserWarning")
 
 DOUBLE = torch.float64
 NOISE, PRECISION = 0.09, 2.0

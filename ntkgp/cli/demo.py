@@ -35,7 +35,7 @@ class Sizes:
     steps: int
 
 
-FULL = Sizes(train_images=200, test_images=600, corrupted_images=150, steps=400)
+FULL = Sizes(train_images=150, test_images=500, corrupted_images=100, steps=400)
 QUICK = Sizes(train_images=60, test_images=100, corrupted_images=25, steps=150)
 
 

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from ntkgp.cli.comparison import class_probabilities, latent_moments
 from ntkgp.evaluation import metrics, plots
+from ntkgp.evaluation.training import seeded
 from ntkgp.evidence import EvidenceReport, fit_evidence
 from ntkgp.likelihoods import BernoulliLikelihood, CategoricalLikelihood
 from ntkgp.linearization import LinearizedNetwork
@@ -78,7 +79,8 @@ def load_network(target: str) -> nn.Module:
     factory = getattr(module, function_name, None)
     if not callable(factory):
         raise CommandError(f"--network: {module_name!r} has no function {function_name!r}")
-    net = factory()
+    with seeded(0):
+        net = factory()
     if not isinstance(net, nn.Module):
         raise CommandError(f"--network: {target} returned {type(net).__name__}, expected a torch.nn.Module")
     return net

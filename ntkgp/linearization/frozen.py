@@ -256,9 +256,9 @@ class FrozenNetwork:
         return torch.autograd.grad(dot, cotangent, create_graph=_wants_graph(leaves))[0]
 
     def pullback(self, leaves: Sequence[Tensor]) -> Callable[[Tensor], Weights]:
-        """u ↦ Jᵀu by parameter name, from one forward pass."""
+        """The map u ↦ Jᵀu by parameter name, from one forward pass."""
         if self.functional:
-            value, pull = vjp(lambda w: self(w, leaves), self.weights(leaves[0].device))
+            value, pull = vjp(lambda w: self(w, leaves), self.weights(leaves[0].device))[:2]
             return lambda u: pull(u.to(value.dtype))[0]
         output, parameters = self._plain(leaves)
         return lambda u: dict(
@@ -278,7 +278,7 @@ class FrozenNetwork:
 
             def single(weights: Weights, cotangents: Tensor | None, *row: Tensor) -> Weights:
                 one = [leaf.unsqueeze(0) for leaf in row]
-                output, pull = vjp(lambda w: self(w, one).squeeze(0), weights)
+                output, pull = vjp(lambda w: self(w, one).squeeze(0), weights)[:2]
                 basis = cotangents if cotangents is not None else torch.eye(len(output)).to(output)
                 return vmap(lambda u: pull(u)[0])(basis)
 
@@ -326,7 +326,7 @@ class FrozenNetwork:
 
         self.functional = agrees(lambda: flat(self.pullback(leaves)(u)), expected)
         if not self.functional:
-            logger.warning("torch.func does not reproduce this network's gradients: using ordinary autograd, row by row")
+            logger.warning("torch.func does not reproduce this network's gradients: ordinary autograd runs, row by row")
         forward_mode = self.functional
         self.forward_mode = False
         reference = self.jvp(leaves, tangent).detach()

@@ -26,6 +26,7 @@ class ParameterGroups:
     :raises ValueError: no group, or an empty one; on binding: a parameter in no group or in two, a pattern that matches
         nothing, a tensor that is not a trainable parameter of the network.
 
+    >>> import ntkgp
     >>> net = torch.nn.Sequential(torch.nn.Linear(3, 4), torch.nn.Tanh(), torch.nn.Linear(4, 1))
     >>> groups = ParameterGroups({"body": ["0.*"], "head": ["2.weight", net[2].bias]})
     >>> ntkgp.LinearizedNetwork(net, torch.randn(2, 3), groups=groups).groups.sizes
@@ -131,6 +132,7 @@ class ParameterGroups:
     def sum_per_group(self, values: Tensor) -> Tensor:
         """Sum entries of parameter space over each group: (..., P) -> (..., G).
 
+        >>> import ntkgp
         >>> lin = ntkgp.LinearizedNetwork(torch.nn.Linear(3, 1), torch.randn(2, 3), groups="tensor")
         >>> lin.groups.sum_per_group(torch.ones(4))
         tensor([3., 1.])
@@ -154,6 +156,7 @@ class ParameterGroups:
 
         Cost: 2G + 2 forward and 4 backward passes over x; no Jacobian is formed.
 
+        >>> import ntkgp
         >>> net = torch.nn.Sequential(torch.nn.Linear(3, 4), torch.nn.BatchNorm1d(4), torch.nn.Linear(4, 2))
         >>> lin = ntkgp.LinearizedNetwork(net, torch.randn(5, 3))
         >>> error = lin.groups.verify(torch.randn(20, 3))

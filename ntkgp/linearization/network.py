@@ -378,8 +378,9 @@ class LinearizedNetwork:
 
     def __repr__(self) -> str:
         return (
-            f"LinearizedNetwork(P={self.num_parameters:,}, C={self.num_outputs}, output_shape={tuple(self.output_shape)}, "
-            f"dtype={str(self.dtype).removeprefix('torch.')}, groups={list(self.groups.names)})"
+            f"LinearizedNetwork(P={self.num_parameters:,}, C={self.num_outputs}, "
+            f"output_shape={tuple(self.output_shape)}, dtype={str(self.dtype).removeprefix('torch.')}, "
+            f"groups={list(self.groups.names)})"
         )
 
 

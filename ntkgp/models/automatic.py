@@ -92,8 +92,8 @@ def _check_size(rows: int, num_groups: int, budget: int) -> None:
         largest = math.isqrt(budget // (8 * _matrices(num_groups)))
         raise ValueError(
             f"train_data: exact inference with N·C = {rows} rows and {num_groups} group(s) needs "
-            f"{format_memory(needed)}; the budget of {format_memory(budget)} allows N·C up to {largest}. Use fewer data, "
-            "fewer groups (groups='single'), or a larger max_memory"
+            f"{format_memory(needed)}; the budget of {format_memory(budget)} allows N·C up to {largest}. "
+            "Use fewer data, fewer groups (groups='single'), or a larger max_memory"
         )
 
 

@@ -6,7 +6,9 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from gpytorch.distributions import MultitaskMultivariateNormal, MultivariateNormal
+from gpytorch.likelihoods import Likelihood
 from gpytorch.models import GP
+from linear_operator import to_linear_operator
 from torch import Tensor
 
 from ntkgp.evidence.system import cholesky_with_jitter
@@ -41,7 +43,7 @@ class ConditionedNTKGP(GP):
     ) -> None:
         super().__init__()
         if base.is_classification:
-            raise ValueError("conditioning on new observations needs a Gaussian likelihood; this is a classification model")
+            raise ValueError("conditioning on new observations needs a Gaussian likelihood; this model classifies")
         c = base.num_outputs
         event = inputs.shape[-2:-1] if c == 1 else torch.Size((inputs.shape[-2], c))
         for name, value in (("targets", targets), ("noise", noise)):
@@ -50,13 +52,15 @@ class ConditionedNTKGP(GP):
             if not isinstance(value, Tensor):
                 raise TypeError(f"{name}: expected a tensor, got {type(value).__name__}")
             if value.shape[-len(event) :] != event:
-                raise ValueError(f"{name}: expected shape (*batch, {', '.join(map(str, event))}), got {tuple(value.shape)}")
+                expected = f"(*batch, {', '.join(map(str, event))})"
+                raise ValueError(f"{name}: expected shape {expected}, got {tuple(value.shape)}")
             if not torch.isfinite(value).all():
                 raise ValueError(f"{name}: NaN or infinite values; expected finite numbers")
         if noise is not None and bool((noise < 0).any()):
             raise ValueError("noise: expected variances, got a negative number")
         batch = torch.broadcast_shapes(base.batch_shape, inputs.shape[:-2], targets.shape[: -len(event)])
-        self.base, self.likelihood = base, base.likelihood
+        self.base = base
+        self.likelihood: Likelihood = base.likelihood
         self.inputs = inputs
         self.targets = targets.to(torch.float64).expand(*batch, *event)
         self._noise = None if noise is None else noise.to(torch.float64).expand(*batch, *event)
@@ -108,10 +112,11 @@ class ConditionedNTKGP(GP):
         shift = (self.targets.reshape(*self.batch_shape, q) - mean[..., :q]).unsqueeze(-1)
         posterior_mean = mean[..., q:] + (gain.mT @ shift).squeeze(-1)
         posterior_covariance = covariance[..., q:, q:] - covariance[..., q:, :q] @ gain
-        posterior_covariance = 0.5 * (posterior_covariance + posterior_covariance.mT)
+        # As an operator it may be singular: repeated inputs, fewer parameters than inputs.
+        posterior_covariance = to_linear_operator(0.5 * (posterior_covariance + posterior_covariance.mT))
         if c == 1:
             return MultivariateNormal(posterior_mean, posterior_covariance)
-        return MultitaskMultivariateNormal(posterior_mean.reshape(*posterior_mean.shape[:-1], -1, c), posterior_covariance)
+        return MultitaskMultivariateNormal(posterior_mean.unflatten(-1, (-1, c)), posterior_covariance)
 
     def _common(self, batch: torch.Size) -> torch.Size:
         return torch.broadcast_shapes(batch, self.batch_shape)
@@ -121,22 +126,24 @@ class ConditionedNTKGP(GP):
         return ConditionedNTKGP(self, self._inputs(inputs), targets, noise)
 
     def condition_on_observations(
-        self, X: Any, Y: Tensor, noise: Tensor | None = None  # noqa: N803
+        self, X: Any, Y: Tensor, noise: Tensor | None = None
     ) -> ConditionedNTKGP:
         """BoTorch's name and shape (*batch, q, C) of targets and noise for :meth:`get_fantasy_model`."""
         return self.get_fantasy_model(X, *event_shaped(self.num_outputs, Y, noise))
 
-    def transform_inputs(self, X: Tensor, input_transform: Any = None) -> Tensor:  # noqa: N803
+    def transform_inputs(self, X: Tensor, input_transform: Any = None) -> Tensor:
         """BoTorch's hook: the identity, the network holds its own preprocessing."""
         return X
 
-    def posterior(self, X: Any, output_indices: Any = None, observation_noise: Any = False, **kwargs: Any) -> Any:  # noqa: N803
+    def posterior(self, X: Any, output_indices: Any = None, observation_noise: Any = False, **kwargs: Any) -> Any:
         """BoTorch posterior at X; see :func:`ntkgp.botorch.posterior`."""
         from ntkgp.botorch import posterior
 
         return posterior(self, X, output_indices, observation_noise, **kwargs)
 
-    def fantasize(self, X: Any, sampler: Any, observation_noise: Tensor | None = None, **kwargs: Any) -> ConditionedNTKGP:  # noqa: N803
+    def fantasize(
+        self, X: Any, sampler: Any, observation_noise: Tensor | None = None, **kwargs: Any
+    ) -> ConditionedNTKGP:
         """Condition on draws from the posterior at X; see :func:`ntkgp.botorch.fantasize`."""
         from ntkgp.botorch import fantasize
 

@@ -36,10 +36,10 @@ class ExactNTKGP(ExactGP):
 
     .. math:: h \sim GP\big(f(x;\tilde\theta) - J(x)\tilde\theta,\; J(x)\Lambda^{-1}J(x')^\top\big),
 
-    so that GPyTorch's marginal likelihood of ``model(train_x)`` in train mode *is* the evidence at θ⋆ (Antorán et al. 2022).
-    In eval mode ``model(x)`` is the latent posterior and ``model.likelihood(model(x))`` the predictive distribution.
-    Gaussian likelihoods are conditioned on exactly; categorical and Bernoulli ones by the Laplace–GGN approximation with
-    the full C × C curvature, in data space.
+    so that GPyTorch's marginal likelihood of ``model(train_x)`` in train mode *is* the evidence at θ⋆ (Antorán et al.
+    2022). In eval mode ``model(x)`` is the latent posterior and ``model.likelihood(model(x))`` the predictive
+    distribution. Gaussian likelihoods are conditioned on exactly; categorical and Bernoulli ones by the Laplace–GGN
+    approximation with the full C × C curvature, in data space.
 
     All algebra is in float64, the network's passes in its own dtype. The Grams and, where they fit in `max_memory`, the
     Jacobian rows of the training inputs are kept: later predictions make no pass over the training data.
@@ -58,6 +58,7 @@ class ExactNTKGP(ExactGP):
     Cost: O(N²C²P) once for the Grams (G·(NC)² numbers), O((NC)³) per set of hyper-parameters; then per test input C
     backward passes, O(NC²P) for the cross-covariance and O((NC)²C) for the variance.
 
+    >>> import gpytorch, ntkgp
     >>> x = torch.linspace(-1, 1, 20).unsqueeze(-1)
     >>> net = torch.nn.Sequential(torch.nn.Linear(1, 16), torch.nn.Tanh(), torch.nn.Linear(16, 1))
     >>> lin = ntkgp.LinearizedNetwork(net, x)
@@ -93,7 +94,7 @@ class ExactNTKGP(ExactGP):
         self.mean_module = LinearizedMean(lin)
         self._network_mean = NetworkMean(lin)
         self.kernel = NeuralTangentKernel(lin, max_memory=max_memory).to(torch.float64)
-        self.prediction_strategy = None
+        self.prediction_strategy: Any = None
         self._kept: _Kept | None = None
 
     @property
@@ -251,13 +252,14 @@ class ExactNTKGP(ExactGP):
         # The factors carry no graph to the hyper-parameters, and half a gradient is worse than none.
         prior = NeuralTangentKernel(self.lin, max_memory=self.max_memory).to(self.kernel.raw_precision)
         prior.precision = self.kernel.precision.detach()
-        self.prediction_strategy = (key, (factors, prior.requires_grad_(False)))
-        return self.prediction_strategy[1]
+        found = factors, prior.requires_grad_(False)
+        self.prediction_strategy = key, found
+        return found
 
     def evidence_problem(
         self, *, at: str = "theta_star", curvature: str = "simple", targets: str = "data"
     ) -> Problem:
-        """The tensors that determine the evidence (see :func:`~ntkgp.fit_evidence`); no network pass after the first call.
+        """What determines the evidence (see :func:`~ntkgp.fit_evidence`); no network pass after the first call.
 
         The posterior of a classification uses the `curvature` asked for here from now on.
         """
@@ -295,6 +297,7 @@ class ExactNTKGP(ExactGP):
 
         Cost: S forward-mode and S backward passes over the training data, O(S·(NC)²); memory S·P.
 
+        >>> import gpytorch, ntkgp
         >>> x = torch.randn(10, 2)
         >>> lin = ntkgp.LinearizedNetwork(torch.nn.Linear(2, 1), x)
         >>> model = ntkgp.ExactNTKGP(x, x[:, 0], gpytorch.likelihoods.GaussianLikelihood(), lin).eval()
@@ -318,26 +321,28 @@ class ExactNTKGP(ExactGP):
         return FunctionSamples(lin, self._mean, weights)
 
     def get_fantasy_model(self, inputs: Any, targets: Tensor, noise: Tensor | None = None) -> ConditionedNTKGP:
-        """This model's posterior conditioned on new observations; see :class:`~ntkgp.models.conditioned.ConditionedNTKGP`."""
+        """The posterior given new observations; see :class:`~ntkgp.models.conditioned.ConditionedNTKGP`."""
         return ConditionedNTKGP(self, self._inputs(inputs), targets, noise)
 
     def condition_on_observations(
-        self, X: Any, Y: Tensor, noise: Tensor | None = None  # noqa: N803
+        self, X: Any, Y: Tensor, noise: Tensor | None = None
     ) -> ConditionedNTKGP:
         """BoTorch's name and shape (*batch, q, C) of targets and noise for :meth:`get_fantasy_model`."""
         return self.get_fantasy_model(X, *event_shaped(self.num_outputs, Y, noise))
 
-    def transform_inputs(self, X: Tensor, input_transform: Any = None) -> Tensor:  # noqa: N803
+    def transform_inputs(self, X: Tensor, input_transform: Any = None) -> Tensor:
         """BoTorch's hook: the identity, the network holds its own preprocessing."""
         return X
 
-    def posterior(self, X: Any, output_indices: Any = None, observation_noise: Any = False, **kwargs: Any) -> Any:  # noqa: N803
+    def posterior(self, X: Any, output_indices: Any = None, observation_noise: Any = False, **kwargs: Any) -> Any:
         """BoTorch posterior at X; see :func:`ntkgp.botorch.posterior`. Needs botorch."""
         from ntkgp.botorch import posterior
 
         return posterior(self, X, output_indices, observation_noise, **kwargs)
 
-    def fantasize(self, X: Any, sampler: Any, observation_noise: Tensor | None = None, **kwargs: Any) -> ConditionedNTKGP:  # noqa: N803
+    def fantasize(
+        self, X: Any, sampler: Any, observation_noise: Tensor | None = None, **kwargs: Any
+    ) -> ConditionedNTKGP:
         """Condition on draws from the posterior at X; see :func:`ntkgp.botorch.fantasize`. Needs botorch."""
         from ntkgp.botorch import fantasize
 

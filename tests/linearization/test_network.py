@@ -333,7 +333,7 @@ def test_a_transformers_classifier_with_its_tokenizer_output() -> None:
     assert set(lin.unpack(lin.pack(batch))) == set(case.example)
 
 
-# --- what is left alone ------------------------------------------------------------------------------------------------
+# --- what is left alone ------------------------------------------------------------------------------------------
 
 
 class Everything(nn.Module):
@@ -447,7 +447,7 @@ def test_later_changes_of_the_network_do_not_reach_it(make) -> None:
 
 
 def test_results_are_the_callers_own() -> None:
-    lin, x = ntkgp.LinearizedNetwork(deep(), noise(0, 4, 4)), noise(0, 4, 4)
+    lin = ntkgp.LinearizedNetwork(deep(), noise(0, 4, 4))
     theta = lin.theta.clone()
     lin.theta.zero_()
     assert torch.equal(lin.theta, theta)
@@ -482,7 +482,7 @@ def test_autocast_and_inference_mode_outside() -> None:
         assert torch.equal(lin.jvp(x, lin.theta), (lambda: lin.jvp(x, lin.theta))())
 
 
-# --- derivatives with respect to the inputs ----------------------------------------------------------------------------
+# --- derivatives with respect to the inputs ----------------------------------------------------------------------
 
 
 def _functions(lin: ntkgp.LinearizedNetwork, z: Tensor) -> dict[str, object]:
@@ -562,7 +562,7 @@ def test_results_carry_a_graph_only_where_asked() -> None:
     assert torch.allclose(torch.autograd.grad(pulled @ lin.theta, u)[0], lin.jvp(x, lin.theta))
 
 
-# --- chunks, logs, errors ----------------------------------------------------------------------------------------------
+# --- chunks, logs, errors ----------------------------------------------------------------------------------------
 
 
 def test_chunked_passes_give_the_same() -> None:
@@ -706,19 +706,19 @@ BAD_NETWORKS = {
     "empty output": (lambda: Returns(lambda y: y[:, :0]), ValueError, "net: expected at least one output per row"),
     "lazy": (lambda: nn.Sequential(nn.LazyLinear(3)), ValueError, "net has uninitialised"),
     "complex": (
-        lambda: nn.Sequential(nn.Linear(4, 3, dtype=torch.complex64)), TypeError, "net: parameter '0.weight' is torch.c",
+        lambda: nn.Sequential(nn.Linear(4, 3, dtype=torch.complex64)), TypeError, "net: parameter '0.weight' is",
     ),
     "no module": (lambda: torch.tanh, TypeError, "net: expected a torch.nn.Module, got"),
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("name", BAD_NETWORKS)
-@pytest.mark.parametrize("rows", [1, 4])
+# One row is tried as two; two copies of one row are then just what two rows look like.
+@pytest.mark.parametrize(
+    ("name", "rows"), [(name, rows) for name in BAD_NETWORKS for rows in (1, 4) if (name, rows) != ("other rows", 1)]
+)
 @pytest.mark.filterwarnings("ignore:Lazy modules:UserWarning")
 def test_bad_networks(name: str, rows: int) -> None:
     make, kind, words = BAD_NETWORKS[name]
-    if name == "other rows" and rows == 1:
-        pytest.skip("two copies of one row are what two rows look like")
     with pytest.raises(kind, match=words):
         ntkgp.LinearizedNetwork(make(), noise(0, rows, 4))
 
@@ -737,5 +737,5 @@ def test_bad_examples(example, words: str) -> None:
 
 
 def test_unknown_groups() -> None:
-    with pytest.raises(ValueError, match="groups: expected one of .* got 'blocks'"):
+    with pytest.raises(ValueError, match=r"groups: expected one of .* got 'blocks'"):
         ntkgp.LinearizedNetwork(deep(), noise(0, 2, 4), groups="blocks")

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import copy
 
-import gpytorch
 import pytest
 import torch
+from gpytorch.likelihoods import GaussianLikelihood, MultitaskGaussianLikelihood
 from torch import nn
 from torch.utils.data import DataLoader, Dataset, IterableDataset, TensorDataset
 
@@ -85,11 +85,11 @@ def test_pairs_of_inputs() -> None:
 
 
 def test_likelihoods() -> None:
-    assert isinstance(ntkgp.from_network(S.net, (S.x, S.y)).likelihood, gpytorch.likelihoods.MultitaskGaussianLikelihood)
+    assert isinstance(ntkgp.from_network(S.net, (S.x, S.y)).likelihood, MultitaskGaussianLikelihood)
     r = ref.problem_r()
     for y in (r.y, r.y.unsqueeze(-1)):
         model = ntkgp.from_network(r.net, (r.x, y))
-        assert isinstance(model.likelihood, gpytorch.likelihoods.GaussianLikelihood)
+        assert isinstance(model.likelihood, GaussianLikelihood)
     cnn = ref.layernorm_cnn(3)
     assert isinstance(ntkgp.from_network(cnn.net, (cnn.x, cnn.y), "classification").likelihood, CategoricalLikelihood)
     binary = ntkgp.from_network(r.net, (r.x, (r.y > 0).long()), "classification")
@@ -129,7 +129,7 @@ def test_options_are_passed_on() -> None:
 
 
 def test_too_much_for_exact_inference() -> None:
-    with pytest.raises(ValueError, match=r"train_data: .* N·C = 90 .* needs .*iB; the budget of 100 KiB allows N·C up to (\d+)"):
+    with pytest.raises(ValueError, match=r"train_data: .* N·C = 90 .* needs .*iB; the budget of 100 KiB allows"):
         ntkgp.from_network(S.net, (S.x, S.y), max_memory="100KiB")
     with pytest.raises(ValueError, match=r"N·C up to (\d+)") as caught:
         ntkgp.from_network(S.net, (S.x, S.y), max_memory="500KiB")
@@ -147,7 +147,7 @@ def test_too_much_for_exact_inference() -> None:
         ((S.x, S.y, S.y), {}, TypeError, "train_data: expected .* got tuple"),
         (TensorDataset(S.x), {}, TypeError, "train_data: expected batches of"),
         (TensorDataset(S.x[:0], S.y[:0]), {}, ValueError, "train_data has N = 0 rows"),
-        (DataLoader(TensorDataset(S.x[:3], S.y[:3]), batch_size=5, drop_last=True), {}, ValueError, "train_data has no batches"),
+        (DataLoader(TensorDataset(S.x, S.y), batch_size=50, drop_last=True), {}, ValueError, "has no batches"),
         ((S.x * float("nan"), S.y), {}, ValueError, "NaN"),
         ((S.x, S.y * float("nan")), {}, ValueError, "train_y holds NaN"),
         ((S.x, S.y[:4]), {}, ValueError, "train_y: expected shape"),

@@ -34,7 +34,8 @@ def objective(x: Tensor) -> Tensor:
 def build(outputs: int = 1, fixed: bool = False, n: int = 12, mean: str = "posterior") -> ntkgp.ExactNTKGP:
     with ref.seeded(0) as generator:
         net = nn.Sequential(
-            nn.Linear(2, 12), nn.LayerNorm(12), nn.Tanh(), nn.Linear(12, 12), nn.LayerNorm(12), nn.Tanh(), nn.Linear(12, outputs)
+            nn.Linear(2, 12), nn.LayerNorm(12), nn.Tanh(), nn.Linear(12, 12), nn.LayerNorm(12), nn.Tanh(),
+            nn.Linear(12, outputs),
         ).double()  # fmt: skip
         x = 2 * torch.rand(n, 2, generator=generator, dtype=DOUBLE) - 1
     y = torch.stack([objective(x + 0.1 * c) for c in range(outputs)], -1)

@@ -171,3 +171,17 @@ def test_bad_input() -> None:
     classes = ntkgp.ExactNTKGP(cnn.x, cnn.y, ntkgp.CategoricalLikelihood(num_classes=3), lin)
     with pytest.raises(ValueError, match="needs a Gaussian likelihood"):
         classes.eval().get_fantasy_model(cnn.x[:1], cnn.y[:1])
+
+
+@pytest.mark.filterwarnings("ignore:.*not p.d., added jitter:linear_operator.utils.warnings.NumericalWarning")
+def test_repeated_test_inputs_have_a_singular_covariance() -> None:
+    sample, base = build("gaussian", 3, 14)
+    x, y, _ = new(sample, "gaussian", 3, slice(14, 20))
+    twice = sample.x_test[:2].repeat(3, 1)
+    for model in (base, base.get_fantasy_model(x, y)):
+        latent = model(twice)
+        assert error(latent.variance[:2], latent.variance[2:4]) < 1e-9
+        assert error(latent.covariance_matrix[:6, :6], latent.covariance_matrix[:6, 6:12]) < 1e-9
+        draws = latent.rsample(torch.Size([3]))
+        assert torch.allclose(draws[:, :2], draws[:, 2:4], atol=1e-2)
+        assert torch.isfinite(model.likelihood(latent).variance).all()
