@@ -23,7 +23,7 @@ def run(path: Path) -> str | None:
     """What went wrong, or nothing."""
     twin = path.with_suffix(".py")
     if path.suffix == ".ipynb" and twin.exists() and code(path) != code(twin):
-        return f"code differs from {twin.name}; run jupytext --sync"
+        return f"code differs from {twin.name}; run scripts/build_notebooks.py"
     notebook = jupytext.read(path)
     try:
         NotebookClient(

@@ -16,7 +16,7 @@ except ImportError as error:  # pragma: no cover - exercised in an environment w
 
 from ntkgp.models.conditioned import ConditionedNTKGP
 from ntkgp.models.exact import ExactNTKGP
-from ntkgp.models.noise import has_fixed_noise
+from ntkgp.models.noise import has_fixed_noise, learned_on_fixed
 
 Model.register(ExactNTKGP)
 Model.register(ConditionedNTKGP)
@@ -59,7 +59,8 @@ def posterior(
             raise ValueError("observation_noise: a classification model has none; use model.likelihood(model(X))")
         known = observation_noise if isinstance(observation_noise, Tensor) else _mean_of_fixed_noise(model)
         if known is not None:
-            latent = _with_variances(latent, known, model.num_outputs)
+            learned = learned_on_fixed(model.likelihood)
+            latent = _with_variances(latent, known if learned is None else known + learned, model.num_outputs)
         else:
             latent = model.likelihood(latent)
     found = GPyTorchPosterior(latent)
@@ -98,7 +99,7 @@ def _mean_of_fixed_noise(model: ExactNTKGP | ConditionedNTKGP) -> Tensor | None:
     likelihood = model.likelihood
     if not has_fixed_noise(likelihood):
         return None
-    noise = likelihood.noise.detach()
+    noise = likelihood.noise_covar.noise.detach()
     return (noise if noise.ndim > 1 else noise.unsqueeze(-1)).mean(-2, keepdim=True)
 
 

@@ -36,8 +36,9 @@ def name(page: Path) -> str:
 
 @pytest.mark.parametrize("page", [page for page in PAGES if blocks(page)], ids=name)
 def test_python_blocks_run(page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    if "import botorch" in page.read_text(encoding="utf-8"):
-        pytest.importorskip("botorch")
+    for optional in ("botorch", "transformers"):
+        if f"import {optional}\n" in page.read_text(encoding="utf-8"):
+            pytest.importorskip(optional)
     monkeypatch.chdir(tmp_path)
     namespace: dict[str, Any] = {"__name__": "__main__", **readers_names(page)}
     for line, code in blocks(page):

@@ -39,6 +39,11 @@ FULL = Sizes(train_images=150, test_images=500, corrupted_images=100, steps=400)
 QUICK = Sizes(train_images=60, test_images=100, corrupted_images=25, steps=150)
 
 
+NOTE = """\
+network alone: Gaussian with the training residual as variance, or softmax. Other rows: GP around the network's output,
+precisions and noise from the evidence. OOD-AUC: corrupted against clean test inputs, by predictive variance or entropy."""
+
+
 @dataclass(frozen=True)
 class Bands:
     """Posterior of one method on the toy: points, mean, latent variance and noise variance."""
@@ -106,7 +111,7 @@ def run_demo(out: Path, seed: int = 0, quick: bool = False) -> list[Row]:
     diabetes = regression(seed, sizes)
     digits_data, digits = classification(seed, sizes)
     rows = [*(result.row for result in diabetes[1]), *(result.row for result in digits)]
-    table = format_rows(rows)
+    table = f"{format_rows(rows)}\n\n{NOTE}"
     (out / "table.txt").write_text(table + "\n", encoding="utf-8")
     print(f"\n{table}\n")
     try:

@@ -28,7 +28,7 @@ def fixed_point(
     takes that step, improved by limited-memory BFGS with M as the initial inverse Hessian (the first step is exactly
     MacKay's), and halves it until the evidence rises; a direction that fails is replaced by the plain MacKay step.
     Variables held at a bound are left out. Groups that fade are tried at their upper bound directly. Source: MacKay
-    1992; METHODS 1.5.
+    1992.
 
     :param objective: the evidence.
     :param start: starting point (log lambda, log sigma^2), shape (G+S,) (default: the objective's documented start).

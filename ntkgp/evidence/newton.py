@@ -37,7 +37,7 @@ def dual_mode(
 ) -> DualMode:
     r"""Minimise :math:`-\sum_n \log p(y_n | m_0 + K\alpha) + \frac12 \alpha^\top K \alpha` by damped Newton steps.
 
-    METHODS 2.3 (iteratively re-weighted least squares with the rank C - 1 curvature factor S). Undamped steps can
+    Iteratively re-weighted least squares with the rank C - 1 curvature factor S. Undamped steps can
     cycle, so each one is halved until the objective falls. Stops when alpha equals onehot(y) - p up to `tolerance`, or
     when rounding allows no further progress (the remaining `gap` is returned).
 

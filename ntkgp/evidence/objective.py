@@ -13,7 +13,7 @@ so that the fixed points of the step are exactly the stationary points of the ev
 * theta_map: b = lambda_g |theta_g|^2 and, for the noise, a = sigma^2_c sum r_i^2 / d_i^2 with r = y - f.
 
 Everything inside is computed in scale-free variables: targets divided by their root mean square, K_g weighted by
-1 / (lambda_g s). Sources: MacKay 1992; Antoran et al. 2022; METHODS 1.3, 1.5, 2.3.
+1 / (lambda_g s). Sources: MacKay 1992; Antoran et al. 2022.
 """
 
 from __future__ import annotations
@@ -194,7 +194,7 @@ class EvidenceObjective:
 
 
 class GaussianObjective(EvidenceObjective):
-    r"""Evidence of a Gaussian problem at theta_star: log N(t; 0, K_Lambda + D) (METHODS 1.4, laws B4, B16).
+    r"""Evidence of a Gaussian problem at theta_star: log N(t; 0, K_Lambda + D) (laws B4 and B16).
 
     Cost: for one group with one noise variance, or known noise, one eigendecomposition and then O(n) per evaluation;
     otherwise n^3 + O(G n^2) per evaluation, memory 3 n^2 besides the Grams.
@@ -248,7 +248,7 @@ class GaussianObjective(EvidenceObjective):
 
 
 class SoftmaxObjective(EvidenceObjective):
-    r"""Evidence of a classification at theta_star with the curvature H frozen at given logits (METHODS 2.3).
+    r"""Evidence of a classification at theta_star with the curvature H frozen at given logits.
 
     .. math:: M = \sum_n \log p(y_n | h_n) - \tfrac12 \|\theta_\star\|^2_\Lambda - \tfrac12 \log\det(I + S^\top
     K_\Lambda S)

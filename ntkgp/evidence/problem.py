@@ -121,7 +121,7 @@ class NoiseModel:
 class GaussianEvidence:
     r"""Regression: :math:`t = J\theta + \varepsilon`; :math:`\theta_g \sim N(0, I/\lambda_g)`, noise of variance D.
 
-    Rows are input-major, n = N*C. The targets are :math:`t = y - f + J\tilde\theta` (METHODS 1.1).
+    Rows are input-major, n = N*C. The targets are :math:`t = y - f + J\tilde\theta`.
 
     :param grams: per-group Grams :math:`K_g = J_g J_g^\top`, shape (G, n, n).
     :param targets: t, shape (n,).
@@ -198,7 +198,7 @@ class SoftmaxEvidence:
     :param logits: network outputs f, shape (N, C).
     :param offset: :math:`m_0 = f - J\tilde\theta`, shape (N, C).
     :param labels: integer labels, shape (N,).
-    :param variant: which theta_star and which curvature H (METHODS 2.3): "simple" (true convex loss, H at the trained
+    :param variant: which theta_star and which curvature H: "simple" (true convex loss, H at the trained
         weights), "quadratic" (second-order expansion of the loss there), "full" (true loss, H at theta_star).
     :param tangent_theta: rows :math:`J_g \tilde\theta_g`, shape (G, N*C), see :class:`GaussianEvidence`.
     :param theta_norms: :math:`\|\tilde\theta_g\|^2`, shape (G,).

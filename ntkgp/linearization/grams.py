@@ -168,9 +168,7 @@ def weighted_gram(
     return out
 
 
-def differentiable_weighted_gram(
-    lin: LinearizedNetwork, x1: Tensor, other: Source, variance: Tensor
-) -> Tensor:
+def differentiable_weighted_gram(lin: LinearizedNetwork, x1: Tensor, other: Source, variance: Tensor) -> Tensor:
     """The same with a graph to the inputs (not to the variances)."""
     weights = variance.detach().to(torch.float64)
     left = [_by_row(rows) for rows in lin.jacobian_by_tensor(x1).values()]

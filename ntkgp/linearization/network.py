@@ -253,9 +253,7 @@ class LinearizedNetwork:
             tangent = self._unflatten(v)
             return self._map(x, lambda leaves: self.frozen.jvp(leaves, tangent), passes=3)
         tangents = [self._unflatten(row) for row in v]
-        return self._map(
-            x, lambda leaves: torch.stack([self.frozen.jvp(leaves, t) for t in tangents]), passes=3, dim=1
-        )
+        return self._map(x, lambda leaves: torch.stack([self.frozen.jvp(leaves, t) for t in tangents]), passes=3, dim=1)
 
     def vjp(self, x: Any, u: Tensor) -> Tensor:
         """Jᵀu, one or K vectors of output space pulled back to the parameters and summed over the rows.
@@ -305,9 +303,7 @@ class LinearizedNetwork:
         rows = self.jacobian_by_tensor(x).values()
         return torch.cat([tensor.reshape(*tensor.shape[:2], -1) for tensor in rows], dim=-1)
 
-    def grams(
-        self, x1: Any, x2: Any = None, max_memory: str | int | float = "2GiB", progress: bool = False
-    ) -> Tensor:
+    def grams(self, x1: Any, x2: Any = None, max_memory: str | int | float = "2GiB", progress: bool = False) -> Tensor:
         r"""Per-group Grams :math:`K_g = J_g(x_1) J_g(x_2)^\top`, rows input-major.
 
         Passes run in the network's dtype, products in float64. Differentiable with respect to inputs that require
@@ -334,9 +330,7 @@ class LinearizedNetwork:
             )
         return _grams.grams(self, a, b, max_memory, progress)
 
-    def weighted_gram(
-        self, x1: Any, x2: Any, variance: Tensor, max_memory: str | int | float = "2GiB"
-    ) -> Tensor:
+    def weighted_gram(self, x1: Any, x2: Any, variance: Tensor, max_memory: str | int | float = "2GiB") -> Tensor:
         r"""The kernel matrix :math:`\sum_g v_g J_g(x_1) J_g(x_2)^\top` without its per-group blocks.
 
         :param x2: inputs, or the :meth:`rows` of inputs kept from before: then no pass over them is made.
@@ -371,9 +365,7 @@ class LinearizedNetwork:
         packed = self.pack(x)
         if torch.is_grad_enabled() and packed.requires_grad:
             rows = self.jacobian_by_tensor(packed)
-            return _grams.differentiable(
-                rows, rows, self.groups.of_tensor, len(self.groups), lambda j, k: j @ k.mT
-            )
+            return _grams.differentiable(rows, rows, self.groups.of_tensor, len(self.groups), lambda j, k: j @ k.mT)
         return _grams.gram_diagonals(self, packed, max_memory)
 
     def __repr__(self) -> str:

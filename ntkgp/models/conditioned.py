@@ -12,7 +12,7 @@ from linear_operator import to_linear_operator
 from torch import Tensor
 
 from ntkgp.evidence.system import cholesky_with_jitter
-from ntkgp.models.noise import has_fixed_noise
+from ntkgp.models.noise import has_fixed_noise, learned_on_fixed
 
 if TYPE_CHECKING:
     from ntkgp.models.exact import ExactNTKGP
@@ -94,7 +94,9 @@ class ConditionedNTKGP(GP):
     def _noise_covariance(self) -> Tensor:
         """Covariance of the noise of the new observations, (*batch, qC, qC)."""
         if self._noise is not None:
-            return torch.diag_embed(self._noise.reshape(*self.batch_shape, -1))
+            learned = learned_on_fixed(self.likelihood)
+            total = self._noise if learned is None else self._noise + learned
+            return torch.diag_embed(total.reshape(*self.batch_shape, -1))
         event = self.targets.shape[len(self.batch_shape) :]
         return self.likelihood._shaped_noise_covar(event).to_dense().detach().to(self.targets)
 
@@ -125,9 +127,7 @@ class ConditionedNTKGP(GP):
         """Condition on more observations."""
         return ConditionedNTKGP(self, self._inputs(inputs), targets, noise)
 
-    def condition_on_observations(
-        self, X: Any, Y: Tensor, noise: Tensor | None = None
-    ) -> ConditionedNTKGP:
+    def condition_on_observations(self, X: Any, Y: Tensor, noise: Tensor | None = None) -> ConditionedNTKGP:
         """BoTorch's name and shape (*batch, q, C) of targets and noise for :meth:`get_fantasy_model`."""
         return self.get_fantasy_model(X, *event_shaped(self.num_outputs, Y, noise))
 

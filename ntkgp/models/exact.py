@@ -21,11 +21,12 @@ from ntkgp.linearization.memory import parse_memory
 from ntkgp.means import LinearizedMean, NetworkMean
 from ntkgp.models.conditioned import ConditionedNTKGP, event_shaped
 from ntkgp.models.factors import GaussianFactors, SoftmaxFactors
-from ntkgp.models.noise import NoiseLink, is_classification, prepare_likelihood
-from ntkgp.models.paths import FunctionSamples
+from ntkgp.models.noise import NoiseLink, has_fixed_noise, is_classification, prepare_likelihood
+from ntkgp.models.paths import FixedMean, FunctionSamples
 from ntkgp.models.posterior import PosteriorCovariance
 
 MEANS = ("network", "posterior")
+CURVATURES = ("simple", "quadratic", "full")
 
 
 class ExactNTKGP(ExactGP):
@@ -81,15 +82,13 @@ class ExactNTKGP(ExactGP):
     ) -> None:
         if not isinstance(lin, LinearizedNetwork):
             raise TypeError(f"lin: expected a ntkgp.LinearizedNetwork, got {type(lin).__name__}")
-        if mean not in MEANS:
-            raise ValueError(f"mean: expected one of {MEANS}, got {mean!r}")
         GP.__init__(self)
         object.__setattr__(self, "lin", lin)
         self.max_memory = parse_memory(max_memory)
         self.likelihood = prepare_likelihood(likelihood, lin.num_outputs)
         self.mean = mean
         self.curvature = "simple"
-        self.train_inputs = (self._pack(train_x, "train_x").detach(),)
+        self.train_inputs = (self._pack(train_x, "train_x").detach().clone(),)
         self.train_targets = self._targets(train_y, len(self.train_inputs[0]))
         self.mean_module = LinearizedMean(lin)
         self._network_mean = NetworkMean(lin)
@@ -101,6 +100,28 @@ class ExactNTKGP(ExactGP):
     def covar_module(self) -> NeuralTangentKernel:
         """The kernel, by GPyTorch's usual name."""
         return self.kernel
+
+    @property
+    def mean(self) -> str:
+        """Which predictive mean is reported, ``"network"`` or ``"posterior"``; may be changed at any time."""
+        return self._reported_mean
+
+    @mean.setter
+    def mean(self, value: str) -> None:
+        if value not in MEANS:
+            raise ValueError(f"mean: expected one of {MEANS}, got {value!r}")
+        self._reported_mean = value
+
+    @property
+    def curvature(self) -> str:
+        """Curvature of a classification, as in :func:`~ntkgp.fit_evidence`, which sets it; may be changed at any time."""
+        return self._curvature
+
+    @curvature.setter
+    def curvature(self, value: str) -> None:
+        if value not in CURVATURES:
+            raise ValueError(f"curvature: expected one of {CURVATURES}, got {value!r}")
+        self._curvature = value
 
     @property
     def num_outputs(self) -> int:
@@ -124,7 +145,7 @@ class ExactNTKGP(ExactGP):
             raise TypeError(f"train_y: expected a tensor, got {type(train_y).__name__}")
         if self.is_classification:
             flat = train_y.squeeze(-1) if train_y.ndim == 2 and train_y.shape[-1] == 1 else train_y
-            return validate_labels(flat, max(c, 2), torch.Size((num_rows,)))
+            return validate_labels(flat, max(c, 2), torch.Size((num_rows,))).clone()
         shapes = {(num_rows, c), (num_rows, *self.lin.output_shape)} | ({(num_rows,)} if c == 1 else set())
         if tuple(train_y.shape) not in shapes:
             raise ValueError(
@@ -134,7 +155,8 @@ class ExactNTKGP(ExactGP):
             raise TypeError(f"train_y: expected real numbers, got {train_y.dtype}")
         if not torch.isfinite(train_y).all():
             raise ValueError("train_y holds NaN or infinite values")
-        return train_y.detach().to(torch.float64).reshape((num_rows,) if c == 1 else (num_rows, c))
+        # A copy: what the caller later does to the tensor in place must not reach half of the model.
+        return train_y.detach().to(torch.float64).reshape((num_rows,) if c == 1 else (num_rows, c)).clone()
 
     def set_train_data(self, inputs: Any = None, targets: Tensor | None = None, strict: bool = True) -> None:
         """Replace the training data, given as to the constructor; the hyper-parameters stay.
@@ -144,15 +166,14 @@ class ExactNTKGP(ExactGP):
         if isinstance(inputs, tuple | list) and len(inputs) == 1:
             inputs = inputs[0]
         old = self.train_inputs[0]
-        x = old if inputs is None else self._pack(inputs, "inputs").detach()
+        x = old if inputs is None else self._pack(inputs, "inputs").detach().clone()
         if strict and x.shape != old.shape:
             raise RuntimeError(f"inputs: expected shape {tuple(old.shape)} (strict=True), got {tuple(x.shape)}")
         y = self.train_targets if targets is None else targets
         self.train_targets = self._targets(y, len(x))
-        self.train_inputs = (x,)
         self.prediction_strategy = None
         if not torch.equal(x, old):
-            self._kept = None
+            self.train_inputs = (x,)
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_kept": None, "prediction_strategy": None}
@@ -211,6 +232,15 @@ class ExactNTKGP(ExactGP):
         cross = self._cross(x) if cross is None else cross
         return self.mean_module(x).reshape(len(x), -1) + (cross @ self._factors()[0].alpha).reshape(len(x), -1)
 
+    def _mean_of_now(self) -> FixedMean:
+        """The reported predictive mean, whatever becomes of the model."""
+        if self.mean == "network":
+            return FixedMean(self._network_mean)
+        kept = self._training_side()
+        source = kept.rows if kept.rows is not None else kept.x
+        variance = self.kernel.precision.detach().reciprocal()
+        return FixedMean(self.mean_module, (source, variance, self._factors()[0].alpha), self.max_memory)
+
     def _cross(self, x: Tensor) -> Tensor:
         """K(x, X), shape (T·C, N·C)."""
         kept = self._training_side()
@@ -219,8 +249,11 @@ class ExactNTKGP(ExactGP):
 
     def _training_side(self) -> _Kept:
         """Passes over the training data: made once, whatever the hyper-parameters."""
-        if self._kept is None:
-            self._kept = _Kept.build(self.lin, self.mean_module, self.train_inputs[0], self.max_memory)
+        x = self.train_inputs[0]
+        if self._kept is None or self._kept.x is not x:
+            # Tensors made in inference mode would break every later gradient.
+            with torch.inference_mode(False):
+                self._kept = _Kept.build(self.lin, self.mean_module, x, self.max_memory)
         return self._kept
 
     def _gram(self) -> Tensor:
@@ -233,14 +266,17 @@ class ExactNTKGP(ExactGP):
 
     def _factors(self) -> tuple[GaussianFactors | SoftmaxFactors, NeuralTangentKernel]:
         """Factors at the present hyper-parameters with the kernel as a constant of them, kept until one changes."""
-        state = [p.detach() for p in (*self.kernel.parameters(), *self.likelihood.parameters())]
-        key = (self.curvature, [value.clone() for value in state])
-        cached = self.prediction_strategy
-        if cached is not None and cached[0][0] == key[0]:
-            if all(torch.equal(a, b) for a, b in zip(cached[0][1], key[1], strict=True)):
-                return cached[1]
-        with torch.no_grad():
-            kept = self._training_side()
+        kept = self._training_side()
+        key = (self.curvature, self.likelihood, kept)
+        state = [self.kernel.precision, *self.likelihood.parameters(), self.train_targets]
+        if has_fixed_noise(self.likelihood):
+            state.append(self.likelihood.noise_covar.noise)
+        if self.prediction_strategy is not None:
+            (old_key, old_state), found = self.prediction_strategy
+            unchanged = all(a is b or (isinstance(a, str) and a == b) for a, b in zip(old_key, key, strict=True))
+            if unchanged and all(torch.equal(a, b) for a, b in zip(old_state, state, strict=True)):
+                return found
+        with torch.inference_mode(False), torch.no_grad():
             factors: GaussianFactors | SoftmaxFactors
             if self.is_classification:
                 factors = SoftmaxFactors.build(
@@ -253,12 +289,10 @@ class ExactNTKGP(ExactGP):
         prior = NeuralTangentKernel(self.lin, max_memory=self.max_memory).to(self.kernel.raw_precision)
         prior.precision = self.kernel.precision.detach()
         found = factors, prior.requires_grad_(False)
-        self.prediction_strategy = key, found
+        self.prediction_strategy = (key, [value.detach().clone() for value in state]), found
         return found
 
-    def evidence_problem(
-        self, *, at: str = "theta_star", curvature: str = "simple", targets: str = "data"
-    ) -> Problem:
+    def evidence_problem(self, *, at: str = "theta_star", curvature: str = "simple", targets: str = "data") -> Problem:
         """What determines the evidence (see :func:`~ntkgp.fit_evidence`); no network pass after the first call.
 
         The posterior of a classification uses the `curvature` asked for here from now on.
@@ -318,15 +352,13 @@ class ExactNTKGP(ExactGP):
             dual = self._factors()[0].pathwise(prior, generator)
             pulled = lin.vjp(x, dual.reshape(num_samples, len(x), -1).to(lin.dtype))
             weights = weights + pulled.to(torch.float64) * scale.square()
-        return FunctionSamples(lin, self._mean, weights)
+        return FunctionSamples(lin, self._mean_of_now(), weights)
 
     def get_fantasy_model(self, inputs: Any, targets: Tensor, noise: Tensor | None = None) -> ConditionedNTKGP:
         """The posterior given new observations; see :class:`~ntkgp.models.conditioned.ConditionedNTKGP`."""
         return ConditionedNTKGP(self, self._inputs(inputs), targets, noise)
 
-    def condition_on_observations(
-        self, X: Any, Y: Tensor, noise: Tensor | None = None
-    ) -> ConditionedNTKGP:
+    def condition_on_observations(self, X: Any, Y: Tensor, noise: Tensor | None = None) -> ConditionedNTKGP:
         """BoTorch's name and shape (*batch, q, C) of targets and noise for :meth:`get_fantasy_model`."""
         return self.get_fantasy_model(X, *event_shaped(self.num_outputs, Y, noise))
 
@@ -353,6 +385,7 @@ class ExactNTKGP(ExactGP):
 class _Kept:
     """What one visit to the training data leaves behind; independent of every hyper-parameter.
 
+    :param x: the training inputs, packed.
     :param grams: K_g, shape (G, N·C, N·C).
     :param outputs: f, shape (N, C).
     :param offset: f − Jθ̃ as the prior mean gives it, shape (N, C).
@@ -360,6 +393,7 @@ class _Kept:
     :param rows: the Jacobian rows, where they fit.
     """
 
+    x: Tensor
     grams: Tensor
     outputs: Tensor
     offset: Tensor
@@ -375,4 +409,4 @@ class _Kept:
             masked = lin.theta * (lin.groups.index.to(lin.theta.device) == groups)
             tangent = lin.jvp(x, masked).to(torch.float64).flatten(1)
             outputs = lin(x).to(torch.float64)
-            return cls(grams, outputs, prior_mean(x).reshape_as(outputs), tangent, rows)
+            return cls(x, grams, outputs, prior_mean(x).reshape_as(outputs), tangent, rows)

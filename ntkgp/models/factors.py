@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from dataclasses import dataclass
 
 import torch
@@ -11,6 +12,22 @@ from torch import Tensor
 from ntkgp.evidence.newton import dual_mode
 from ntkgp.evidence.system import cholesky_with_jitter
 from ntkgp.likelihoods import curvature_factor, residual
+
+logger = logging.getLogger("ntkgp")
+
+_LOST = 1e-3
+
+
+def _check_rounding(signal: float, noise: float) -> None:
+    """Posterior variances are differences of prior variances: say so where rounding of these is left of them."""
+    error = torch.finfo(torch.float64).eps * signal / noise
+    if error > _LOST:
+        logger.warning(
+            "the prior variance at the training inputs is up to %.1e times the noise variance: posterior variances near "
+            "them lose all but the first digits to rounding (relative error about %.1e). Raise the precisions or the noise",
+            signal / noise,
+            error,
+        )
 
 
 @dataclass(frozen=True)
@@ -40,6 +57,8 @@ class GaussianFactors:
             dense = noise.to_dense().detach().to(gram)
             matrix += dense
             root = torch.linalg.cholesky(dense)
+        signal = gram.diagonal()
+        _check_rounding(float((signal / (matrix.diagonal() - signal)).max()), 1.0)
         cholesky, jitter = cholesky_with_jitter(matrix)
         alpha = torch.cholesky_solve(targets.unsqueeze(-1), cholesky).squeeze(-1)
         return cls(cholesky, root, alpha, jitter)
@@ -71,10 +90,8 @@ class SoftmaxFactors:
     jitter: float
 
     @classmethod
-    def build(
-        cls, gram: Tensor, logits: Tensor, offset: Tensor, labels: Tensor, variant: str
-    ) -> SoftmaxFactors:
-        """Factorise, and solve for θ⋆ (METHODS §2.3); O((N·C)³) time a Newton step."""
+    def build(cls, gram: Tensor, logits: Tensor, offset: Tensor, labels: Tensor, variant: str) -> SoftmaxFactors:
+        """Factorise, and solve for θ⋆; O((N·C)³) time a Newton step."""
         alpha: Tensor | None = None
         curvature = curvature_factor(logits)
         if variant == "full":

@@ -55,6 +55,12 @@ def has_fixed_noise(likelihood: Likelihood) -> bool:
     return isinstance(likelihood, FixedNoiseGaussianLikelihood) or getattr(likelihood, "_fixed", False)
 
 
+def learned_on_fixed(likelihood: Likelihood) -> Tensor | None:
+    """The learned variance that every observation has besides its given one (``learn_additional_noise=True``)."""
+    learned = getattr(likelihood, "second_noise_covar", None)
+    return None if learned is None else learned.noise.detach()
+
+
 def noise_floor(y: Tensor) -> float:
     r"""Smallest noise variance that targets as recorded allow.
 
@@ -62,16 +68,21 @@ def noise_floor(y: Tensor) -> float:
     the evidence is not bounded: repeated inputs with the same rounded target count as proof of no noise at all. Other
     targets get 1e-8 of their mean square, a bound in their own units.
 
-    :param y: targets of any shape.
+    :param y: targets, shape (N, *event): the smallest floor of the outputs, which may have different units.
 
     >>> round(noise_floor(torch.tensor([5.0, 6.0, 5.0, 7.0, 5.0, 6.0])), 4)  # ratings in steps of 1
     0.0833
     >>> noise_floor(torch.tensor([0.0, 2.0])) == 1e-8 * 2.0
     True
     """
-    values = y.detach().to(torch.float64).flatten()
-    square = float(values.square().mean()) if values.numel() else 0.0
-    floor = 1e-8 * square if 0 < square < float("inf") else 1e-8
+    rows = y.detach().to(torch.float64).reshape(len(y), -1) if y.ndim else y.new_zeros(0, 0)
+    outputs = [column for column in rows.mT if 0 < float(column.square().mean()) < float("inf")]
+    return min(map(_floor_of_output, outputs), default=1e-8)
+
+
+def _floor_of_output(values: Tensor) -> float:
+    """The floor of the targets of one output, (N,), not all zero."""
+    floor = 1e-8 * float(values.square().mean())
     distinct = values.unique()
     if 2 <= len(distinct) <= len(values) // 2:
         floor = max(floor, float(distinct.diff().min()) ** 2 / 12)

@@ -3,12 +3,37 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from ntkgp.linearization import LinearizedNetwork
+from ntkgp.linearization.grams import JacobianRows
+from ntkgp.means import NetworkMean
+
+
+@dataclass(frozen=True)
+class FixedMean:
+    r"""A predictive mean that no later change of the model reaches: m(x), or :math:`m(x) + K(x, X)\alpha`.
+
+    :param module: m.
+    :param dual: X or its Jacobian rows, 1/λ_g and α; None for m alone.
+    :param max_memory: budget for K(x, X).
+    """
+
+    module: NetworkMean
+    dual: tuple[JacobianRows | Tensor, Tensor, Tensor] | None = None
+    max_memory: int = 2**31
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """Evaluate at packed inputs, (N, D) -> (N, C)."""
+        value = self.module(x).reshape(len(x), -1)
+        if self.dual is None:
+            return value
+        source, variance, alpha = self.dual
+        return value + (self.module.lin.weighted_gram(x, source, variance, self.max_memory) @ alpha).reshape_as(value)
 
 
 class FunctionSamples:

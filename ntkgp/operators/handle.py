@@ -93,7 +93,10 @@ class ValueCache:
         ):
             self._entries.pop(0)
         result = compute().detach()
-        self._entries.append((tuple(key.detach().clone() for key in keys), result))
+        # Kept tensors made in inference mode would break every later gradient.
+        with torch.inference_mode(False):
+            result = result.clone() if result.is_inference() else result
+            self._entries.append((tuple(key.detach().clone() for key in keys), result))
         return result
 
     def __len__(self) -> int:
