@@ -31,7 +31,7 @@ def posterior(
 ) -> Any:
     """BoTorch posterior of the latent function, or of observations.
 
-    :param X: packed inputs (*batch, q, D), or raw inputs.
+    :param X: packed inputs (*batch, q, D), or raw inputs; packed where it could be either.
     :param output_indices: not supported: outputs are correlated; use a posterior transform.
     :param observation_noise: False for the latent function, True for noisy observations (a fixed noise by its mean over
         the training data), or the variances themselves, (*batch, q or 1, C or 1).
@@ -51,7 +51,10 @@ def posterior(
     was_training = model.training
     model.eval()
     try:
-        latent = model(X)
+        # BoTorch means (*batch, 1, D), also where the network takes rows of shape (1, D).
+        packing = model.lin.packing
+        ambiguous = isinstance(X, Tensor) and X.ndim > 2 and packing.is_packed(X) and packing.is_raw(X)
+        latent = model(X.unsqueeze(0))[0] if ambiguous else model(X)
     finally:
         model.train(was_training)
     if observation_noise is not False:

@@ -300,10 +300,12 @@ def _warnings(
     wide = [names[g] for g in range(groups) if float(x[g] - lower[g]) < 1e-6]
     if wide:
         out.append(f"precision at its lower bound: {', '.join(wide)}")
+    bounded = (lower[groups:].exp() <= objective.noise.minimum * (1 + 1e-9)).tolist()
     for c in range(objective.num_noise):
         value = f"noise variance{f' {c}' if objective.num_noise > 1 else ''}"
         if float(x[groups + c] - lower[groups + c]) < 1e-6:
-            out.append(f"{value} at its lower bound: the tangent model can reproduce the targets exactly")
+            exact = "the tangent model can reproduce the targets exactly"
+            out.append(f"{value} at its lower bound: {'the constraint on it is active' if bounded[c] else exact}")
         elif float(upper[groups + c] - x[groups + c]) < 1e-6:
             out.append(f"{value} at its upper bound")
     used, available = float(evaluation.effective_dimension.sum()), problem.max_dimension

@@ -79,8 +79,8 @@ class EvidenceObjective:
     :math:`\rho_g = (\mathrm{tr} K_g / n) / (\lambda_g s)` is the prior variance of group g relative to the mean square
         s of the
     targets (s = 1 for logits). Start: :math:`\rho_g = 1/G` and the training mean squared error of the network as noise
-    (0.1 s when it is unknown), clipped to [1e-4 s, s]. These rules make a whole run equivariant under J_g -> J_g / k
-    and y -> c y.
+    (0.1 s when it is unknown), clipped to [1e-4 s, s] with s here the mean square of the targets that it acts on. These
+    rules make a whole run equivariant under J_g -> J_g / k and y -> c y.
     """
 
     def __init__(self, problem: Problem, scale: float, noise: NoiseModel, bounds: tuple[float, float]) -> None:
@@ -94,6 +94,7 @@ class EvidenceObjective:
         # A group without any influence on the data has no scale of its own; it borrows that of the others.
         fallback = positive.mean() if positive.numel() else torch.ones_like(means[0])
         self.reference = torch.where(means > 0, means, fallback)  # shape: (G,)
+        self.noise_scale = self._noise_scale()
         self.system: LinearSystem
 
     @property
@@ -115,20 +116,29 @@ class EvidenceObjective:
         """Return log lambda_g at which every rho_g equals `ratio`, shape (G,)."""
         return (self.reference / self.scale).log() - math.log(ratio)
 
-    def _noise_bounds(self) -> tuple[float, float]:
-        """Bounds of the learned variances."""
-        low = max(_NOISE_BOUNDS[0] * self.scale, self.noise.minimum)
-        return low, max(_NOISE_BOUNDS[1] * self.scale, 10.0 * low)
+    def _noise_scale(self) -> Tensor:
+        """Mean square of the targets that each learned variance acts on: outputs may differ in units, shape (S,)."""
+        default = self.reference.new_full((self.num_noise,), self.scale)
+        if not self.num_noise or not isinstance(self.problem, GaussianEvidence):
+            return default
+        counts = self.noise.sum_per_component(torch.ones_like(self.problem.targets))
+        squares = self.noise.sum_per_component(self.problem.targets.square()) / counts
+        return torch.where(squares > 0, squares, default)
+
+    def _noise_bounds(self) -> tuple[Tensor, Tensor]:
+        """Bounds of the learned variances, each of shape (S,)."""
+        low = (_NOISE_BOUNDS[0] * self.noise_scale).clamp_min(self.noise.minimum)
+        return low, torch.maximum(_NOISE_BOUNDS[1] * self.noise_scale, 10.0 * low)
 
     def limits(self) -> tuple[Tensor, Tensor]:
         """Lower and upper bounds of x, each of shape (G+S,)."""
-        low, high = (self.reference.new_full((self.num_noise,), math.log(b)) for b in self._noise_bounds())
+        low, high = (bound.log() for bound in self._noise_bounds())
         smallest, largest = self._precision_at(self.bounds[1]), self._precision_at(self.bounds[0])
         return torch.cat([smallest, low]), torch.cat([largest, high])
 
     def start(self) -> Tensor:
         """Documented starting point of x, shape (G+S,)."""
-        noise = self._start_noise().clamp(_START_NOISE[0] * self.scale, _START_NOISE[1] * self.scale)
+        noise = self._start_noise().clamp(_START_NOISE[0] * self.noise_scale, _START_NOISE[1] * self.noise_scale)
         start = torch.cat([self._precision_at(1.0 / self.num_groups), noise.log()])
         return start.clamp(*self.limits())
 
@@ -138,7 +148,7 @@ class EvidenceObjective:
         if isinstance(problem, GaussianEvidence) and problem.tangent_theta is not None and self.num_noise:
             counts = self.noise.sum_per_component(torch.ones_like(problem.targets))
             return self.noise.sum_per_component(problem.residual.square()) / counts
-        return self.reference.new_full((self.num_noise,), 0.1 * self.scale)
+        return 0.1 * self.noise_scale
 
     def split(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """Return precisions (G,) and learned noise variances (S,) at x."""

@@ -77,7 +77,8 @@ class EvidenceReport:
         if self.residual_noise is not None:
             lines.append(f"network's training MSE   {_numbers(self.residual_noise)}")
         if not math.isnan(self.theta_shift):
-            lines.append(f"|theta_star - theta|     {self.theta_shift:.4g} in the posterior metric")
+            pruned = ", pruned groups included" if self.pruned else ""
+            lines.append(f"|theta_star - theta|     {self.theta_shift:.4g} in the posterior metric{pruned}")
         width = min(max(5, *(len(name) for name in self.group_names)), 60)
         lines.append(f"{'group':<{width}} {'parameters':>10} {'precision':>11} {'effective':>10} {'|theta_star|':>12}")
         sizes = [str(size) for size in self.group_sizes] or ["-"] * len(self.group_names)

@@ -53,8 +53,22 @@ def _wants_graph(tensors: Sequence[Tensor]) -> bool:
     return any(tensor.requires_grad for tensor in tensors)
 
 
+@contextmanager
+def _reentrant_checkpoints_refused() -> Iterator[None]:
+    """An error where such checkpoints drop the derivatives of their weights, because no input requires gradients."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", message="None of the inputs have requires_grad=True")
+        try:
+            yield
+        except UserWarning as dropped:
+            raise ValueError(
+                "net: torch.utils.checkpoint with use_reentrant=True leaves the weights inside out of the derivatives; "
+                "expected use_reentrant=False"
+            ) from dropped
+
+
 def private_copy(net: nn.Module) -> nn.Module:
-    """Deep copy in evaluation mode; tensors that modules computed and kept (old-style weight norm) are detached."""
+    """Deep copy in evaluation mode, without backward hooks; tensors that modules computed and kept are detached."""
     memo: dict[int, Any] = {}
     for module in net.modules():
         for value in tree_leaves(dict(vars(module))):
@@ -64,6 +78,9 @@ def private_copy(net: nn.Module) -> nn.Module:
     for module in copied.modules():
         if isinstance(module, nn.Embedding | nn.EmbeddingBag):
             module.sparse = False
+        # A hook that changes gradients in training must not change the Jacobian.
+        module._backward_hooks.clear()
+        module._backward_pre_hooks.clear()
     return copied
 
 
@@ -302,7 +319,8 @@ class FrozenNetwork:
     def probe(self, leaves: Sequence[Tensor]) -> None:
         """Find out which torch.func transforms this module supports, by comparing them with ordinary autograd."""
         generator = torch.Generator().manual_seed(0)
-        output, parameters = self._plain(leaves)
+        with _reentrant_checkpoints_refused():
+            output, parameters = self._plain(leaves)
         # Two cotangents, mixed differently for each row: enough for the row-wise transform, whatever C is.
         basis = torch.randn(2, output.shape[-1], generator=generator, dtype=torch.float64).to(output)
         mixture = torch.randn(len(output), 2, generator=generator, dtype=torch.float64).to(output)

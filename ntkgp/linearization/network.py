@@ -70,6 +70,8 @@ class LinearizedNetwork:
     ) -> None:
         if not isinstance(net, nn.Module):
             raise TypeError(f"net: expected a torch.nn.Module, got {type(net).__name__}")
+        if any(isinstance(module, torch.jit.ScriptModule) for module in net.modules()):
+            raise TypeError("net: holds a TorchScript module; expected the ordinary module that it was made from")
         self.packing = InputPacking(example)
         self._max_memory = parse_memory(max_memory)
         self._check_weights(net)

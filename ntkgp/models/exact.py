@@ -114,7 +114,7 @@ class ExactNTKGP(ExactGP):
 
     @property
     def curvature(self) -> str:
-        """Curvature of a classification, as in :func:`~ntkgp.fit_evidence`, which sets it; may be changed at any time."""
+        """Curvature of a classification, set by :func:`~ntkgp.fit_evidence`; may be changed at any time."""
         return self._curvature
 
     @curvature.setter

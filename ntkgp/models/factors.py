@@ -18,16 +18,25 @@ logger = logging.getLogger("ntkgp")
 _LOST = 1e-3
 
 
-def _check_rounding(signal: float, noise: float) -> None:
-    """Posterior variances are differences of prior variances: say so where rounding of these is left of them."""
-    error = torch.finfo(torch.float64).eps * signal / noise
+def _check_rounding(signal: Tensor, noise: Tensor, jitter: float) -> None:
+    """Posterior variances are differences of prior variances: say so where little but rounding is left of them."""
+    error = float((torch.finfo(torch.float64).eps * signal.max() + jitter) / noise[noise > 0].min())
     if error > _LOST:
         logger.warning(
-            "the prior variance at the training inputs is up to %.1e times the noise variance: posterior variances near "
-            "them lose all but the first digits to rounding (relative error about %.1e). Raise the precisions or the noise",
-            signal / noise,
+            "posterior variances near the training inputs have a relative rounding error of about %.0e: prior "
+            "variances of up to %.1e hide the noise variance. Raise the precisions or the noise",
             error,
+            float(signal.max()),
         )
+
+
+def _square_root(matrix: Tensor) -> Tensor:
+    """R with R Rᵀ = a positive semi-definite matrix."""
+    factor, info = torch.linalg.cholesky_ex(matrix)
+    if int(info) == 0:
+        return factor
+    values, vectors = torch.linalg.eigh(matrix)
+    return vectors * values.clamp_min(0.0).sqrt()
 
 
 @dataclass(frozen=True)
@@ -49,17 +58,16 @@ class GaussianFactors:
     def build(cls, gram: Tensor, noise: LinearOperator, targets: Tensor) -> GaussianFactors:
         """Factorise; O(n³) time, two n × n matrices."""
         matrix = gram.clone()
+        diagonal = noise.diagonal(dim1=-1, dim2=-2).detach().to(gram)
         if isinstance(noise, DiagLinearOperator):
-            diagonal = noise.diagonal(dim1=-1, dim2=-2).detach().to(gram)
             matrix.diagonal().add_(diagonal)
             root = diagonal.sqrt()
         else:
             dense = noise.to_dense().detach().to(gram)
             matrix += dense
-            root = torch.linalg.cholesky(dense)
-        signal = gram.diagonal()
-        _check_rounding(float((signal / (matrix.diagonal() - signal)).max()), 1.0)
+            root = _square_root(dense)
         cholesky, jitter = cholesky_with_jitter(matrix)
+        _check_rounding(gram.diagonal(), diagonal, jitter)
         alpha = torch.cholesky_solve(targets.unsqueeze(-1), cholesky).squeeze(-1)
         return cls(cholesky, root, alpha, jitter)
 
@@ -100,8 +108,10 @@ class SoftmaxFactors:
             alpha, curvature = mode.alpha, curvature_factor(mode.logits)
         inner = _reduce(_reduce(gram, curvature).mT, curvature)
         inner = 0.5 * (inner + inner.mT)
+        signal = inner.diagonal().clone()
         inner.diagonal().add_(1.0)
         cholesky, jitter = cholesky_with_jitter(inner)
+        _check_rounding(signal, torch.ones_like(signal), jitter)
         if variant == "quadratic":
             shift = (logits - offset).unsqueeze(-1)
             linear = (residual(logits, labels).unsqueeze(-1) + curvature @ (curvature.mT @ shift)).reshape(-1)
