@@ -98,7 +98,7 @@ def load_weights(net: nn.Module, path: Path) -> None:
         raise CommandError(f"--weights: no file {path}")
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
-    except (pickle.UnpicklingError, RuntimeError, EOFError, zipfile.BadZipFile) as error:
+    except (pickle.UnpicklingError, RuntimeError, EOFError, KeyError, ValueError, zipfile.BadZipFile) as error:
         raise CommandError(
             f"--weights: {path} is not a file of tensors only; write it with torch.save(net.state_dict(), path)"
         ) from error

@@ -23,6 +23,7 @@ logger = logging.getLogger("ntkgp")
 _SCALE = 2.0**10
 _STEP = 2.0**-10
 _TOLERANCE = 1e-4
+_STOPPED = 0.05
 _PROBES = 4
 
 
@@ -104,6 +105,37 @@ def euler_error(frozen: FrozenNetwork, groups: ParameterGroups, leaves: Sequence
             change = float(network.euler(members).norm())
             errors.append(change / bound if bound > 0 else (0.0 if change == 0 else float("inf")))
     return torch.tensor(errors, dtype=torch.float64)
+
+
+def warn_of_stopped_gradients(frozen: FrozenNetwork, leaves: Sequence[Tensor]) -> None:
+    """Say in the log when J v is not the change of the output: ``detach`` or ``no_grad`` inside ``forward``."""
+    module = copy.deepcopy(frozen.module(leaves[0].device)).to(torch.float64)
+    parameters = dict(module.named_parameters())
+    generator = torch.Generator().manual_seed(0)
+    tangent = {}
+    for name, p in frozen.weights(leaves[0].device).items():
+        size = p.to(torch.float64).square().mean().sqrt()
+        direction = torch.randn(p.shape, generator=generator, dtype=torch.float64).to(p.device)
+        tangent[name] = direction * torch.where(size > 0, size, torch.ones_like(size))
+
+    def moved(step: float) -> Tensor:
+        with torch.no_grad():
+            for name, direction in tangent.items():
+                parameters[name].add_(direction, alpha=step)
+            output = frozen.run(module, leaves, cast=torch.float64).to(torch.float64)
+            for name, direction in tangent.items():
+                parameters[name].sub_(direction, alpha=step)
+        return output.flatten()
+
+    difference = (moved(_STEP) - moved(-_STEP)) / (2 * _STEP)
+    product = frozen.jvp(leaves, {name: v.to(frozen.theta[name].dtype) for name, v in tangent.items()})
+    error = (product.detach().to(torch.float64).flatten() - difference).norm() / difference.norm().clamp_min(1e-30)
+    if float(error) > _STOPPED:
+        logger.warning(
+            "the network's derivative in its weights differs from finite differences by %.0f %%: a detach(), no_grad "
+            "or a discontinuity inside forward hides part of it from the Jacobian",
+            100 * float(error),
+        )
 
 
 def normalized_sets(frozen: FrozenNetwork, leaves: Sequence[Tensor]) -> list[tuple[str, tuple[str, ...]]]:

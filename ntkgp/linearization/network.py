@@ -14,7 +14,7 @@ from ntkgp.linearization import grams as _grams
 from ntkgp.linearization.frozen import FrozenNetwork, Weights, pass_environment
 from ntkgp.linearization.grams import JacobianRows
 from ntkgp.linearization.groups import ParameterGroups, layer_partition, normalization_partition
-from ntkgp.linearization.invariance import euler_error, normalized_sets
+from ntkgp.linearization.invariance import euler_error, normalized_sets, warn_of_stopped_gradients
 from ntkgp.linearization.memory import format_memory, parse_memory
 from ntkgp.linearization.packing import InputPacking
 from ntkgp.linearization.second_order import second_order
@@ -82,6 +82,7 @@ class LinearizedNetwork:
             leaves = self.packing.leaves(self._probe_rows[:2])
             self.activation_bytes = self.frozen.activation_bytes(leaves)
             self.frozen.probe(leaves)
+            warn_of_stopped_gradients(self.frozen, leaves)
         # The matrix is (N, C) inside; what the network returned per row is kept to restore it.
         self.num_outputs = math.prod(self.output_shape)
         self.groups = self._make_groups(groups, {id(p): name for name, p in net.named_parameters()})
@@ -107,7 +108,10 @@ class LinearizedNetwork:
             leaves = [torch.cat([leaf, _another_row(leaf)]) for leaf in leaves]
         module = self.frozen.module(leaves[0].device)
         with torch.no_grad():
-            batch = self.frozen.run(module, leaves)
+            try:
+                batch = self.frozen.run(module, leaves)
+            except (RuntimeError, ValueError, IndexError, KeyError) as reason:
+                raise ValueError(f"example: the network does not run on it ({reason})") from reason
             if batch.ndim == 0 or batch.shape[0] != leaves[0].shape[0]:
                 raise ValueError(
                     f"net: expected an output with N = {leaves[0].shape[0]} rows, got shape {tuple(batch.shape)}"
@@ -124,7 +128,7 @@ class LinearizedNetwork:
         single = torch.cat(rows)
         if batch[0].numel() == 0:
             raise ValueError(f"net: expected at least one output per row, got shape {tuple(batch.shape)}")
-        tolerance = 1e-8 if batch.dtype == torch.float64 else (1e-2 if batch.element_size() < 4 else 1e-3)
+        tolerance = 1e-6 if batch.dtype == torch.float64 else (1e-2 if batch.element_size() < 4 else 1e-3)
         error = (batch - single).abs().max() / batch.abs().max().clamp_min(1e-30)
         if error > tolerance:
             raise ValueError(

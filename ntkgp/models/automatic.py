@@ -151,6 +151,12 @@ def _concatenate(batches: Iterable[tuple[Any, Tensor]]) -> tuple[Any, Tensor]:
     structure: Any = None
     for x, y in batches:
         leaves, structure = tree_flatten(x)
+        rows = {len(leaf) if isinstance(leaf, Tensor) and leaf.ndim else None for leaf in (*leaves, y)}
+        if len(rows) != 1 or None in rows:
+            raise ValueError(
+                f"train_data: batch {len(targets)} has inputs and targets with different numbers of rows, or a scalar; "
+                "expected tensors whose first dimension is the batch (a DataLoader with a batch_size)"
+            )
         parts.append(leaves)
         targets.append(y)
     if not targets:

@@ -87,7 +87,8 @@ class ExactNTKGP(ExactGP):
         self.max_memory = parse_memory(max_memory)
         self.likelihood = prepare_likelihood(likelihood, lin.num_outputs)
         self.mean = mean
-        self.curvature = "simple"
+        # A buffer: the posterior of a loaded model depends on it as on the precisions.
+        self.register_buffer("_curvature", torch.tensor(0))
         self.train_inputs = (self._pack(train_x, "train_x").detach().clone(),)
         self.train_targets = self._targets(train_y, len(self.train_inputs[0]))
         self.mean_module = LinearizedMean(lin)
@@ -115,13 +116,13 @@ class ExactNTKGP(ExactGP):
     @property
     def curvature(self) -> str:
         """Curvature of a classification, set by :func:`~ntkgp.fit_evidence`; may be changed at any time."""
-        return self._curvature
+        return CURVATURES[int(self._curvature)]
 
     @curvature.setter
     def curvature(self, value: str) -> None:
         if value not in CURVATURES:
             raise ValueError(f"curvature: expected one of {CURVATURES}, got {value!r}")
-        self._curvature = value
+        self._curvature.fill_(CURVATURES.index(value))
 
     @property
     def num_outputs(self) -> int:
@@ -297,6 +298,11 @@ class ExactNTKGP(ExactGP):
 
         The posterior of a classification uses the `curvature` asked for here from now on.
         """
+        if targets == "residual" and self.mean == "posterior":
+            raise ValueError(
+                "targets='residual' centres the prior at the trained weights, mean='posterior' reports the mode of the "
+                "prior centred at zero; use mean='network'"
+            )
         kept = self._training_side()
         shared = {"group_names": self.lin.groups.names, "group_sizes": self.lin.groups.sizes}
         if targets == "data":
