@@ -50,7 +50,7 @@ def main() -> None:
     for name, values in (("f", problem.logits), ("f − Jθ̃", problem.offset), ("without the normalised groups", offset)):
         print(f"root mean square of {name}: {float(values.square().mean().sqrt()):.2f}")
     print(
-        f"log evidence {model.report.log_evidence:.1f}, without the normalised groups' offset {without.log_evidence:.1f}"
+        f"log evidence with all offsets {model.report.log_evidence:.1f}, without the normalised ones' {without.log_evidence:.1f}"
     )
 
 

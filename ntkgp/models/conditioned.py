@@ -18,7 +18,42 @@ if TYPE_CHECKING:
     from ntkgp.models.exact import ExactNTKGP
 
 
-class ConditionedNTKGP(GP):
+class Conditionable:
+    """What a model offers once new observations come in, by GPyTorch's and by BoTorch's names."""
+
+    @property
+    def num_outputs(self) -> int:
+        """C."""
+        return self.lin.num_outputs  # type: ignore[attr-defined]
+
+    def get_fantasy_model(self, inputs: Any, targets: Tensor, noise: Tensor | None = None) -> ConditionedNTKGP:
+        """The posterior given new observations; see :class:`ConditionedNTKGP`."""
+        return ConditionedNTKGP(self, self._inputs(inputs), targets, noise)  # type: ignore[arg-type, attr-defined]
+
+    def condition_on_observations(self, X: Any, Y: Tensor, noise: Tensor | None = None) -> ConditionedNTKGP:
+        """BoTorch's name and shape (*batch, q, C) of targets and noise for :meth:`get_fantasy_model`."""
+        return self.get_fantasy_model(X, *event_shaped(self.num_outputs, Y, noise))
+
+    def transform_inputs(self, X: Tensor, input_transform: Any = None) -> Tensor:
+        """BoTorch's hook: the identity, the network holds its own preprocessing."""
+        return X
+
+    def posterior(self, X: Any, output_indices: Any = None, observation_noise: Any = False, **kwargs: Any) -> Any:
+        """BoTorch posterior at X; see :func:`ntkgp.botorch.posterior`. Needs botorch."""
+        from ntkgp.botorch import posterior
+
+        return posterior(self, X, output_indices, observation_noise, **kwargs)  # type: ignore[arg-type]
+
+    def fantasize(
+        self, X: Any, sampler: Any, observation_noise: Tensor | None = None, **kwargs: Any
+    ) -> ConditionedNTKGP:
+        """Condition on draws from the posterior at X; see :func:`ntkgp.botorch.fantasize`. Needs botorch."""
+        from ntkgp.botorch import fantasize
+
+        return fantasize(self, X, sampler, observation_noise, **kwargs)  # type: ignore[arg-type]
+
+
+class ConditionedNTKGP(Conditionable, GP):
     r"""The posterior of a model, conditioned on q new observations that the network was not trained on.
 
     With the base posterior :math:`N(\mu, V)` at the new inputs and the test inputs together,
@@ -74,11 +109,6 @@ class ConditionedNTKGP(GP):
         return self.base.lin
 
     @property
-    def num_outputs(self) -> int:
-        """C."""
-        return self.base.num_outputs
-
-    @property
     def is_classification(self) -> bool:
         """Always False."""
         return False
@@ -122,32 +152,6 @@ class ConditionedNTKGP(GP):
 
     def _common(self, batch: torch.Size) -> torch.Size:
         return torch.broadcast_shapes(batch, self.batch_shape)
-
-    def get_fantasy_model(self, inputs: Any, targets: Tensor, noise: Tensor | None = None) -> ConditionedNTKGP:
-        """Condition on more observations."""
-        return ConditionedNTKGP(self, self._inputs(inputs), targets, noise)
-
-    def condition_on_observations(self, X: Any, Y: Tensor, noise: Tensor | None = None) -> ConditionedNTKGP:
-        """BoTorch's name and shape (*batch, q, C) of targets and noise for :meth:`get_fantasy_model`."""
-        return self.get_fantasy_model(X, *event_shaped(self.num_outputs, Y, noise))
-
-    def transform_inputs(self, X: Tensor, input_transform: Any = None) -> Tensor:
-        """BoTorch's hook: the identity, the network holds its own preprocessing."""
-        return X
-
-    def posterior(self, X: Any, output_indices: Any = None, observation_noise: Any = False, **kwargs: Any) -> Any:
-        """BoTorch posterior at X; see :func:`ntkgp.botorch.posterior`."""
-        from ntkgp.botorch import posterior
-
-        return posterior(self, X, output_indices, observation_noise, **kwargs)
-
-    def fantasize(
-        self, X: Any, sampler: Any, observation_noise: Tensor | None = None, **kwargs: Any
-    ) -> ConditionedNTKGP:
-        """Condition on draws from the posterior at X; see :func:`ntkgp.botorch.fantasize`."""
-        from ntkgp.botorch import fantasize
-
-        return fantasize(self, X, sampler, observation_noise, **kwargs)
 
 
 def event_shaped(num_outputs: int, targets: Tensor, noise: Tensor | None) -> tuple[Tensor, Tensor | None]:

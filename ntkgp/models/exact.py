@@ -19,7 +19,7 @@ from ntkgp.linearization import LinearizedNetwork
 from ntkgp.linearization.grams import JacobianRows
 from ntkgp.linearization.memory import parse_memory
 from ntkgp.means import LinearizedMean, NetworkMean
-from ntkgp.models.conditioned import ConditionedNTKGP, event_shaped
+from ntkgp.models.conditioned import Conditionable
 from ntkgp.models.factors import GaussianFactors, SoftmaxFactors
 from ntkgp.models.noise import NoiseLink, has_fixed_noise, is_classification, prepare_likelihood
 from ntkgp.models.paths import FixedMean, FunctionSamples
@@ -29,7 +29,7 @@ MEANS = ("network", "posterior")
 CURVATURES = ("simple", "quadratic", "full")
 
 
-class ExactNTKGP(ExactGP):
+class ExactNTKGP(Conditionable, ExactGP):
     r"""The trained network as an exact Gaussian process.
 
     The tangent model :math:`h(x;\theta) = f(x;\tilde\theta) + J(x)(\theta-\tilde\theta)` with the prior
@@ -123,11 +123,6 @@ class ExactNTKGP(ExactGP):
         if value not in CURVATURES:
             raise ValueError(f"curvature: expected one of {CURVATURES}, got {value!r}")
         self._curvature.fill_(CURVATURES.index(value))
-
-    @property
-    def num_outputs(self) -> int:
-        """C."""
-        return self.lin.num_outputs
 
     @property
     def batch_shape(self) -> torch.Size:
@@ -359,32 +354,6 @@ class ExactNTKGP(ExactGP):
             pulled = lin.vjp(x, dual.reshape(num_samples, len(x), -1).to(lin.dtype))
             weights = weights + pulled.to(torch.float64) * scale.square()
         return FunctionSamples(lin, self._mean_of_now(), weights)
-
-    def get_fantasy_model(self, inputs: Any, targets: Tensor, noise: Tensor | None = None) -> ConditionedNTKGP:
-        """The posterior given new observations; see :class:`~ntkgp.models.conditioned.ConditionedNTKGP`."""
-        return ConditionedNTKGP(self, self._inputs(inputs), targets, noise)
-
-    def condition_on_observations(self, X: Any, Y: Tensor, noise: Tensor | None = None) -> ConditionedNTKGP:
-        """BoTorch's name and shape (*batch, q, C) of targets and noise for :meth:`get_fantasy_model`."""
-        return self.get_fantasy_model(X, *event_shaped(self.num_outputs, Y, noise))
-
-    def transform_inputs(self, X: Tensor, input_transform: Any = None) -> Tensor:
-        """BoTorch's hook: the identity, the network holds its own preprocessing."""
-        return X
-
-    def posterior(self, X: Any, output_indices: Any = None, observation_noise: Any = False, **kwargs: Any) -> Any:
-        """BoTorch posterior at X; see :func:`ntkgp.botorch.posterior`. Needs botorch."""
-        from ntkgp.botorch import posterior
-
-        return posterior(self, X, output_indices, observation_noise, **kwargs)
-
-    def fantasize(
-        self, X: Any, sampler: Any, observation_noise: Tensor | None = None, **kwargs: Any
-    ) -> ConditionedNTKGP:
-        """Condition on draws from the posterior at X; see :func:`ntkgp.botorch.fantasize`. Needs botorch."""
-        from ntkgp.botorch import fantasize
-
-        return fantasize(self, X, sampler, observation_noise, **kwargs)
 
 
 @dataclass(frozen=True)
