@@ -49,9 +49,8 @@ def main() -> None:
     without = fit_problem(replace(problem, offset=offset, tangent_theta=tangent), tolerance=1e-5)
     for name, values in (("f", problem.logits), ("f − Jθ̃", problem.offset), ("without the normalised groups", offset)):
         print(f"root mean square of {name}: {float(values.square().mean().sqrt()):.2f}")
-    print(
-        f"log evidence with all offsets {model.report.log_evidence:.1f}, without the normalised ones' {without.log_evidence:.1f}"
-    )
+    print(f"log evidence {model.report.log_evidence:.1f}")
+    print(f"log evidence without the offset of the normalised groups {without.log_evidence:.1f}")
 
 
 if __name__ == "__main__":

@@ -13,9 +13,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from ntkgp.evaluation.checks import as_float64, same_shape
+
 __all__ = [
     "Coverage",
-    "GaussianKL",
     "ReliabilityBins",
     "accuracy",
     "brier_score",
@@ -25,7 +26,6 @@ __all__ = [
     "coverage_curve",
     "expected_calibration_error",
     "gaussian_crps",
-    "gaussian_kl",
     "gaussian_nll",
     "ood_auc",
     "original_units",
@@ -48,15 +48,6 @@ class ReliabilityBins(NamedTuple):
     points: Tensor
     confidence: Tensor
     accuracy: Tensor
-
-
-class GaussianKL(NamedTuple):
-    """KL divergences in nats between two Gaussians 0 and 1, both ways, joint and summed over the marginals."""
-
-    forward: Tensor
-    reverse: Tensor
-    marginal_forward: Tensor
-    marginal_reverse: Tensor
 
 
 def original_units(
@@ -122,7 +113,7 @@ def rmse(mean: Tensor, target: Tensor) -> Tensor:
         >>> rmse(torch.tensor([1.0, 1.0]), torch.tensor([4.0, 5.0]))
         tensor(3.5355, dtype=torch.float64)
     """
-    mean, target = _same_shape(mean=mean, target=target)
+    mean, target = same_shape(mean=mean, target=target)
     return (mean - target).square().mean().sqrt()
 
 
@@ -376,7 +367,7 @@ def ood_auc(inside: Tensor, outside: Tensor) -> Tensor:
     """
     scores = {}
     for name, score in (("inside", inside), ("outside", outside)):
-        scores[name] = _float64(name, score, finite=False).contiguous()
+        scores[name] = as_float64(name, score, finite=False).contiguous()
         if score.dim() != 1 or len(score) == 0:
             raise ValueError(f"{name}: expected a vector of at least one score, got shape {tuple(score.shape)}")
         if bool(scores[name].isnan().any()):
@@ -387,72 +378,6 @@ def ood_auc(inside: Tensor, outside: Tensor) -> Tensor:
     return (below + not_above).double().mean() / (2 * len(ordered))
 
 
-def gaussian_kl(
-    covariance_0: Tensor, covariance_1: Tensor, mean_0: Tensor | None = None, mean_1: Tensor | None = None
-) -> GaussianKL:
-    r"""
-    Kullback–Leibler divergences between two joint Gaussians over the same n numbers, both ways,
-
-    .. math:: \mathrm{KL}(0\|1) = \tfrac12\left[\operatorname{tr}\Sigma_1^{-1}\Sigma_0 - n
-        + \log\det\Sigma_1 - \log\det\Sigma_0 + (m_1 - m_0)^\top\Sigma_1^{-1}(m_1 - m_0)\right].
-
-    Compare *predictive* covariances: latent plus the same σ²I on both sides. No jitter is added here; the latent KL of
-    a rank-deficient approximation says more about the jitter than about the approximation.
-
-    :param covariance_0: Σ0, ``(n, n)``, positive definite.
-    :param covariance_1: Σ1, ``(n, n)``, positive definite.
-    :param mean_0: m0, ``(n,)``; without it the means are taken as equal.
-    :param mean_1: m1, ``(n,)``; given together with ``mean_0``.
-    :return: :class:`GaussianKL`: ``forward`` KL(0‖1), ``reverse`` KL(1‖0), and the sums over the n marginals.
-    :raises ValueError: shapes that differ, values that are not finite, a covariance that is not positive definite,
-        one mean without the other.
-
-    Cost: O(n³).
-
-    Example:
-        >>> gaussian_kl(torch.eye(2), 2 * torch.eye(2)).forward
-        tensor(0.1931, dtype=torch.float64)
-    """
-    first, second = _same_shape(covariance_0=covariance_0, covariance_1=covariance_1)
-    if first.dim() != 2 or first.shape[0] != first.shape[1]:
-        raise ValueError(f"covariance_0: expected a square matrix, got shape {tuple(first.shape)}")
-    difference = torch.zeros(len(first), dtype=torch.float64)
-    if (mean_0 is None) != (mean_1 is None):
-        raise ValueError("mean_0, mean_1: expected both or none")
-    if mean_0 is not None and mean_1 is not None:
-        start, end = _same_shape(mean_0=mean_0, mean_1=mean_1)
-        if start.shape != difference.shape:
-            raise ValueError(f"mean_0: expected shape ({len(first)},), got {tuple(start.shape)}")
-        difference = end - start
-    factors = []
-    for name, matrix in (("covariance_0", first), ("covariance_1", second)):
-        factor, info = torch.linalg.cholesky_ex(matrix)
-        if int(info) != 0:
-            raise ValueError(f"{name}: not positive definite; add the noise variance to the diagonal of both")
-        factors.append(factor)
-    marginals = [matrix.diagonal() for matrix in (first, second)]
-    return GaussianKL(
-        _kl(factors[0], factors[1], difference),
-        _kl(factors[1], factors[0], difference),
-        _marginal_kl(marginals[0], marginals[1], difference),
-        _marginal_kl(marginals[1], marginals[0], difference),
-    )
-
-
-def _kl(factor_p: Tensor, factor_q: Tensor, difference: Tensor) -> Tensor:
-    """KL(p‖q) from the Cholesky factors of both covariances."""
-    ratio = torch.linalg.solve_triangular(factor_q, factor_p, upper=False)
-    shift = torch.linalg.solve_triangular(factor_q, difference.unsqueeze(-1), upper=False)
-    logdet = factor_q.diagonal().log().sum() - factor_p.diagonal().log().sum()
-    return 0.5 * (ratio.square().sum() - len(factor_p) + shift.square().sum()) + logdet
-
-
-def _marginal_kl(variance_p: Tensor, variance_q: Tensor, difference: Tensor) -> Tensor:
-    """Sum over the coordinates of KL(p_i‖q_i)."""
-    ratio = variance_p / variance_q
-    return 0.5 * (ratio - 1 - ratio.log() + difference.square() / variance_q).sum()
-
-
 def _half_width(level: float) -> float:
     """Half the width of the central interval of a standard normal."""
     if not 0 < level < 1:
@@ -460,36 +385,12 @@ def _half_width(level: float) -> float:
     return math.sqrt(2) * float(torch.erfinv(torch.tensor(level, dtype=torch.float64)))
 
 
-def _float64(name: str, value: Tensor, finite: bool = True) -> Tensor:
-    """Detached float64 copy on the CPU, refused unless it is a tensor of finite numbers."""
-    if not isinstance(value, Tensor):
-        raise TypeError(f"{name}: expected a torch.Tensor, got {type(value).__name__}")
-    value = value.detach().to("cpu", torch.float64)
-    if finite and not bool(torch.isfinite(value).all()):
-        raise ValueError(f"{name}: expected finite numbers, got {int((~torch.isfinite(value)).sum())} that are not")
-    return value
-
-
-def _same_shape(**values: Tensor) -> list[Tensor]:
-    """All arguments in float64, refused unless they have one non-empty shape."""
-    converted = {name: _float64(name, value) for name, value in values.items()}
-    (first, reference), *others = converted.items()
-    if reference.numel() == 0:
-        raise ValueError(f"{first}: expected at least one number, got shape {tuple(reference.shape)}")
-    for name, value in others:
-        if value.shape != reference.shape:
-            raise ValueError(
-                f"{name}: expected the shape of {first} {tuple(reference.shape)}, got {tuple(value.shape)}"
-            )
-    return list(converted.values())
-
-
 def _gaussian(mean: Tensor, variance: Tensor, *target: Tensor) -> list[Tensor]:
     """Mean, variance and target in float64, refused unless the variance is positive."""
     named = {"mean": mean, "variance": variance}
     if target:
         named["target"] = target[0]
-    converted = _same_shape(**named)
+    converted = same_shape(**named)
     if not bool((converted[1] > 0).all()):
         raise ValueError(f"variance: expected positive numbers, got a minimum of {float(converted[1].min()):.3g}")
     return converted
@@ -497,7 +398,7 @@ def _gaussian(mean: Tensor, variance: Tensor, *target: Tensor) -> list[Tensor]:
 
 def _probabilities(probabilities: Tensor) -> Tensor:
     """Probabilities in float64, refused unless each row is a distribution up to single precision."""
-    converted = _float64("probabilities", probabilities)
+    converted = as_float64("probabilities", probabilities)
     if converted.dim() != 2 or converted.numel() == 0:
         raise ValueError(f"probabilities: expected shape (N, C), got {tuple(converted.shape)}")
     if bool((converted < 0).any()) or not torch.allclose(converted.sum(-1), torch.ones(1).double(), atol=1e-4, rtol=0):
