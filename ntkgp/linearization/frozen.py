@@ -40,7 +40,6 @@ def pass_environment(device: torch.device | None = None) -> Iterator[None]:
             torch.enable_grad(),
         ):
             # torch's forward mode loads its own decompositions by a deprecated call when first used.
-            warnings.filterwarnings("ignore", message="There is a performance drop", category=UserWarning)
             warnings.filterwarnings("ignore", message="`torch.jit.script` is deprecated", category=DeprecationWarning)
             # vmap loops over rows where torch has no batched formula (weight norm); the result is the same.
             warnings.filterwarnings("ignore", message="There is a performance drop", category=UserWarning)

@@ -53,7 +53,8 @@ def from_network(
     :param mean: ``"network"`` or ``"posterior"``, see :class:`~ntkgp.ExactNTKGP`.
     :param fit: fit precisions and noise by the evidence; the report is ``model.report``.
     :param output: picks the output tensor from what the network returns.
-    :param max_memory: budget for the Grams and their factorisation; half of the machine's memory by default.
+    :param max_memory: budget for the Grams and their factorisation, and another of the same size for the kept Jacobian
+        rows; a third of the machine's memory by default.
     :param fit_options: passed to :func:`~ntkgp.fit_evidence` (``method``, ``at``, ``progress``, …).
     :return: the model, in eval mode.
     :raises ValueError: data too large for exact inference (the message says how large N·C may be and what this one
@@ -71,7 +72,7 @@ def from_network(
         raise ValueError(f"inference: expected 'auto' or 'exact', got {inference!r}")
     x, y = collect(train_data)
     lin = LinearizedNetwork(net, x, groups=groups, output=output)
-    budget = _machine_memory() // 2 if max_memory is None else parse_memory(max_memory)
+    budget = _machine_memory() // 3 if max_memory is None else parse_memory(max_memory)
     rows = len(lin.pack(x)) * lin.num_outputs
     _check_size(rows, len(lin.groups), budget)
     logger.info("exact inference: N·C = %d, P = %d, %d group(s)", rows, lin.num_parameters, len(lin.groups))
