@@ -71,6 +71,11 @@ class Ascent:
         self.trace.append(evaluation.value)
         self.bar.set_postfix_str(f"log evidence {evaluation.value:.4f}")
 
+    def best(self) -> Evaluation:
+        """Evaluation of the current point, which is the best so far."""
+        assert self.current is not None
+        return self.current
+
     def free(self, x: Tensor, evaluation: Evaluation) -> Tensor:
         """Coordinates that are not held at a bound by an outward gradient, shape (G+S,) of bool."""
         gradient = evaluation.gradient
@@ -80,6 +85,12 @@ class Ascent:
         """Largest entry of the gradient among the free coordinates."""
         gradient = evaluation.gradient[self.free(x, evaluation)]
         return float(gradient.abs().max()) if gradient.numel() else 0.0
+
+    def metric(self, evaluation: Evaluation) -> Tensor:
+        """MacKay's metric M, with step = M gradient; where both vanish its limit, shape (G+S,)."""
+        gradient = evaluation.gradient
+        limit = 2.0 / evaluation.push.clamp_min(1e-300)
+        return torch.where(gradient != 0, evaluation.step / gradient, limit)
 
     def predicted_gain(self, x: Tensor, evaluation: Evaluation) -> float:
         """Gradient times MacKay step over the free coordinates: how far from stationarity, in MacKay's metric."""

@@ -19,9 +19,17 @@ def apply_factor_transpose(factor: Tensor, rows: Tensor) -> Tensor:
 
 
 def project(gram: Tensor, factor: Tensor) -> Tensor:
-    """Compute S^T K S for a block-diagonal S: (N*C, N*C) -> (N*R, N*R)."""
+    """Compute S^T K S for a block-diagonal S: (N*C, N*C) -> (N*R, N*R), symmetric up to rounding."""
+    return _half(_half(gram, factor).mT, factor)
+
+
+def _half(matrix: Tensor, factor: Tensor) -> Tensor:
+    """Compute S^T M for a block-diagonal S: (N*C, m) -> (N*R, m)."""
     points, outputs, rank = factor.shape
-    left = torch.bmm(factor.mT, gram.reshape(points, outputs, points * outputs))
-    left = left.reshape(points * rank, points, outputs).transpose(0, 1)
-    out = torch.bmm(left, factor).transpose(0, 1).reshape(points * rank, points * rank)
-    return 0.5 * (out + out.mT)
+    blocks = matrix.reshape(points, outputs, -1)
+    return torch.bmm(factor.mT, blocks).reshape(points * rank, -1)
+
+
+def expand(reduced: Tensor, factor: Tensor) -> Tensor:
+    """Compute S M S^T for a block-diagonal S: (N*R, N*R) -> (N*C, N*C); adjoint of :func:`project`."""
+    return project(reduced, factor.mT)

@@ -83,8 +83,8 @@ def fit_evidence(
     :raises ValueError: for unknown or inconsistent arguments.
 
     Cost: for one group a single eigendecomposition and O(N C) per evaluation; otherwise (N C)^3 + O(G (N C)^2) per
-    evaluation (typically 10-50), memory (G + 3) (N C)^2; classification adds a few Cholesky factorisations per
-    evaluation and G projected Grams.
+    evaluation (typically 10-50), memory 4 (N C)^2 besides the Grams; classification adds one or two Cholesky
+    factorisations per evaluation and needs 7 (N C)^2.
 
     >>> import torch
     >>> from ntkgp.evidence import GaussianEvidence, NoiseModel
@@ -354,9 +354,9 @@ def _data_warnings(problem: Problem) -> list[str]:
 
 def _repeated_inputs(problem: Problem) -> int:
     """Count inputs whose Jacobians equal those of an earlier input."""
-    traces = problem.grams.diagonal(dim1=-2, dim2=-1).sum(-1)
+    traces = problem.stack.traces()
     weights = torch.where(traces > 0, 1.0 / traces, torch.zeros_like(traces))
-    gram = (weights @ problem.grams.reshape(problem.num_groups, -1)).reshape(problem.rows, problem.rows)
+    gram = problem.stack.weighted_sum(weights)
     diagonal = gram.diagonal()
     scale = diagonal[:, None] + diagonal
     same = (scale - gram - gram.mT) <= 1e-10 * scale

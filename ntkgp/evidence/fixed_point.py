@@ -78,7 +78,9 @@ def _iterate(ascent: Ascent) -> None:
         if mask is None or not torch.equal(mask, free):
             pairs, mask = [], free
         before, gradient = ascent.x, current.gradient
-        moved = bool(pairs) and _search(ascent, _quasi_newton(current, free, pairs), max_halvings=4)
+        moved = bool(pairs) and _search(
+            ascent, _quasi_newton(current, ascent.metric(current), free, pairs), max_halvings=4
+        )
         if not moved:
             pairs = []
             if not _search(ascent, torch.where(free, current.step, 0.0), _MAX_HALVINGS):
@@ -94,10 +96,9 @@ def _iterate(ascent: Ascent) -> None:
         iteration += 1
 
 
-def _quasi_newton(current: Evaluation, free: Tensor, pairs: list[tuple[Tensor, Tensor]]) -> Tensor:
+def _quasi_newton(current: Evaluation, metric: Tensor, free: Tensor, pairs: list[tuple[Tensor, Tensor]]) -> Tensor:
     """Two-loop recursion with MacKay's metric as the initial inverse Hessian, in the free coordinates."""
     gradient = torch.where(free, current.gradient, 0.0)
-    metric = torch.where(current.gradient != 0, current.step / current.gradient, 2.0 / current.push.clamp_min(1e-300))
     direction, factors = gradient.clone(), []
     for change, bend in reversed(pairs):
         factor = (change @ direction) / (change @ bend)

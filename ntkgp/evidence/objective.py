@@ -24,7 +24,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from ntkgp.evidence.blocks import apply_factor, apply_factor_transpose, project
+from ntkgp.evidence.blocks import apply_factor, apply_factor_transpose
 from ntkgp.evidence.newton import DualMode, dual_mode
 from ntkgp.evidence.problem import GaussianEvidence, NoiseModel, Problem, SoftmaxEvidence
 from ntkgp.evidence.system import LinearSystem, Solution, linear_system
@@ -89,7 +89,7 @@ class EvidenceObjective:
         if not 0 < low < high < math.inf:
             raise ValueError(f"bounds must be (low, high) with 0 < low < high < inf, got {bounds}")
         self.problem, self.scale, self.noise, self.bounds = problem, scale, noise, bounds
-        means = problem.grams.diagonal(dim1=-2, dim2=-1).mean(-1)
+        means = problem.stack.traces() / problem.rows
         positive = means[means > 0]
         # A group without any influence on the data has no scale of its own; it borrows that of the others.
         fallback = positive.mean() if positive.numel() else torch.ones_like(means[0])
@@ -154,10 +154,14 @@ class EvidenceObjective:
         """Return precisions (G,) and learned noise variances (S,) at x."""
         return x[: self.num_groups].exp(), x[self.num_groups :].exp()
 
-    def solution(self, x: Tensor) -> Solution:
-        """Solve the scale-free linear system at x."""
+    def solution(self, x: Tensor, total: Tensor | None = None) -> Solution:
+        """Solve the scale-free linear system at x; `total` is the weighted sum of the Grams, where it exists."""
+        return self.system.solve(*self._scaled(x), total)
+
+    def _scaled(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Weights of the Grams and variances of the scale-free system."""
         precision, noise = self.split(x)
-        return self.system.solve(1.0 / (precision * self.scale), noise / self.scale)
+        return 1.0 / (precision * self.scale), noise / self.scale
 
     def constant(self, solution: Solution) -> float:
         """Log-determinant part of the evidence, in the units of the targets."""
@@ -197,7 +201,7 @@ class EvidenceObjective:
             raise ValueError("tangent_theta and theta_norms are needed for the shift, got None")
         precision, _ = self.split(x)
         alpha, misfit = self.mode(x)
-        star = torch.stack([alpha @ (gram @ alpha) for gram in problem.grams]) / precision
+        star = problem.stack.quadratic(alpha) / precision
         cross = problem.tangent_theta @ alpha
         prior = (star - 2.0 * cross + precision * problem.theta_norms).clamp_min(0.0)
         return float(misfit.square().sum()), prior
@@ -207,7 +211,7 @@ class GaussianObjective(EvidenceObjective):
     r"""Evidence of a Gaussian problem at theta_star: log N(t; 0, K_Lambda + D) (laws B4 and B16).
 
     Cost: for one group with one noise variance, or known noise, one eigendecomposition and then O(n) per evaluation;
-    otherwise n^3 + O(G n^2) per evaluation, memory 3 n^2 besides the Grams.
+    otherwise n^3 + O(G n^2) per evaluation, memory 4 n^2 besides the Grams.
 
     >>> import torch
     >>> noise = NoiseModel.homoscedastic(2, 1.0)
@@ -223,7 +227,7 @@ class GaussianObjective(EvidenceObjective):
         scale = float(problem.targets.square().mean()) or 1.0
         super().__init__(problem, scale, problem.noise, bounds)
         noise = replace(problem.noise, fixed=problem.noise.fixed / scale)
-        self.system = linear_system(problem.grams, problem.targets / math.sqrt(scale), noise)
+        self.system = linear_system(problem.stack, problem.targets / math.sqrt(scale), noise)
 
     def __call__(self, x: Tensor) -> Evaluation:
         """Evaluate the evidence at x."""
@@ -244,7 +248,7 @@ class GaussianObjective(EvidenceObjective):
     def mode(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """Return alpha and the whitened J (theta_star - theta_map); see the base class."""
         _, noise = self.split(x)
-        alpha = self.solution(x).make_alpha() / math.sqrt(self.scale)
+        alpha = self.system.alpha(*self._scaled(x)) / math.sqrt(self.scale)
         variance = self.noise.diagonal(noise)
         return alpha, self.problem.residual / variance.sqrt() - variance.sqrt() * alpha
 
@@ -264,8 +268,8 @@ class SoftmaxObjective(EvidenceObjective):
     K_\Lambda S)
 
     The gradient is exact: theta_star is profiled out (envelope theorem) and S does not depend on x.
-    Cost: per evaluation a few damped Newton steps, (N (C-1))^3/3 each, and one Cholesky factorisation with inverse of
-    size N (C-1); memory: G projected Grams of that size, once per curvature.
+    Cost: per evaluation one or two damped Newton steps, (N (C-1))^3/3 each, and one Cholesky factorisation with inverse
+    of size N (C-1); memory: 7 (N C)^2 besides the Grams, of which no projection is kept.
 
     :param problem: the classification.
     :param bounds: smallest and largest ratio rho_g.
@@ -286,9 +290,9 @@ class SoftmaxObjective(EvidenceObjective):
         """Project the Grams on the factor of the curvature."""
         super().__init__(problem, 1.0, _no_noise(problem), bounds)
         self.factor = curvature_factor(problem.logits if curvature_at is None else curvature_at)
-        projected = torch.stack([project(gram, self.factor) for gram in problem.grams])
-        self.system = linear_system(projected, self._whitened_targets(), _unit_noise(projected))
-        self._alpha: Tensor | None = None
+        noise = NoiseModel.known(torch.ones_like(self.factor[:, 0]).reshape(-1))
+        self.system = linear_system(problem.stack, self._whitened_targets(), noise, self.factor)
+        self._last: DualMode | None = None
 
     @property
     def size(self) -> int:
@@ -303,20 +307,23 @@ class SoftmaxObjective(EvidenceObjective):
         """Log-determinant part of the evidence."""
         return -0.5 * solution.logdet
 
-    def dual_mode(self, x: Tensor) -> DualMode:
-        """Solve for theta_star at x, warm-started from the previous evaluation."""
-        precision, _ = self.split(x)
-        rows = self.problem.rows
-        gram = (precision.reciprocal() @ self.problem.grams.reshape(self.num_groups, -1)).reshape(rows, rows)
-        found = dual_mode(gram, self.problem.offset, self.problem.labels, self._alpha)
-        self._alpha = found.alpha
-        return found
+    def dual_mode(self, x: Tensor, gram: Tensor | None = None) -> DualMode:
+        """Solve for theta_star at x, warm-started from the previous evaluation; `gram` is K there, where it exists."""
+        gram = self._gram(x) if gram is None else gram
+        alpha, system = (None, None) if self._last is None else (self._last.alpha, self._last.system)
+        self._last = dual_mode(gram, self.problem.offset, self.problem.labels, alpha, system=system)
+        return self._last
+
+    def _gram(self, x: Tensor) -> Tensor:
+        """Prior covariance K of the logits at x."""
+        return self.problem.stack.weighted_sum(self.split(x)[0].reciprocal())
 
     def __call__(self, x: Tensor) -> Evaluation:
         """Evaluate the evidence at x."""
         precision, _ = self.split(x)
-        curvature, star = self.solution(x), self.dual_mode(x)
-        quadratic = torch.stack([star.alpha @ (gram @ star.alpha) for gram in self.problem.grams]) / precision
+        gram = self._gram(x)
+        curvature, star = self.solution(x, gram), self.dual_mode(x, gram)
+        quadratic = self.problem.stack.quadratic(star.alpha) / precision
         return Evaluation(
             value=star.log_likelihood - 0.5 * float(quadratic.sum()) + self.constant(curvature),
             pull=curvature.dimension,
@@ -384,7 +391,7 @@ class QuadraticObjective(SoftmaxObjective):
 
     def mode(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """Return alpha and S^T J (theta_star - theta_map); see the base class."""
-        reduced = self.solution(x).make_alpha()
+        reduced = self.system.alpha(*self._scaled(x))
         # S^T J theta_star = z - alpha because the noise is one.
         return apply_factor(self.factor, reduced), self._targets - reduced - self._tangent
 
@@ -461,8 +468,3 @@ def evidence_objective(
 def _no_noise(problem: SoftmaxEvidence) -> NoiseModel:
     """Noise model of a classification: nothing to learn."""
     return NoiseModel.known(torch.ones_like(problem.logits).reshape(-1))
-
-
-def _unit_noise(projected: Tensor) -> NoiseModel:
-    """Unit noise on the whitened rows."""
-    return NoiseModel.known(torch.ones_like(projected[0, 0]))

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
+from ntkgp.evidence.stack import GramStack, gram_stack
 from ntkgp.likelihoods import validate_labels
+from ntkgp.linearization.symmetric import SymmetricGrams
 
 
 def _check_finite(name: str, value: Tensor, shape: tuple[int, ...]) -> Tensor:
@@ -22,15 +24,20 @@ def _check_finite(name: str, value: Tensor, shape: tuple[int, ...]) -> Tensor:
     return value
 
 
-def _check_grams(grams: Tensor) -> tuple[int, int]:
-    """Check the stack of Grams and return (G, n)."""
-    if not isinstance(grams, Tensor):
-        raise TypeError(f"grams must be a torch.Tensor, got {type(grams).__name__}")
-    if grams.ndim != 3 or grams.shape[-1] != grams.shape[-2] or 0 in grams.shape:
-        raise ValueError(f"grams must have shape (G, n, n) with G, n >= 1, got {tuple(grams.shape)}")
-    if bool((grams.diagonal(dim1=-2, dim2=-1) < 0).any()):
+def _check_grams(grams: Tensor | SymmetricGrams) -> tuple[Tensor | SymmetricGrams, GramStack]:
+    """Check the Grams; return them, a tensor in contiguous float64, and their view."""
+    if not isinstance(grams, Tensor | SymmetricGrams):
+        raise TypeError(f"grams must be a torch.Tensor or SymmetricGrams, got {type(grams).__name__}")
+    if isinstance(grams, Tensor):
+        if grams.ndim != 3 or grams.shape[-1] != grams.shape[-2] or 0 in grams.shape:
+            raise ValueError(f"grams must have shape (G, n, n) with G, n >= 1, got {tuple(grams.shape)}")
+        grams = grams.detach().to(torch.float64).contiguous()
+    stack = gram_stack(grams)
+    if bool((stack.diagonal() < 0).any()):
         raise ValueError("grams must be positive semi-definite, got a negative diagonal entry")
-    return grams.shape[0], grams.shape[1]
+    if not stack.is_finite():
+        raise ValueError("grams contains NaN or infinite values")
+    return grams, stack
 
 
 @dataclass(frozen=True)
@@ -123,7 +130,9 @@ class GaussianEvidence:
 
     Rows are input-major, n = N*C. The targets are :math:`t = y - f + J\tilde\theta`.
 
-    :param grams: per-group Grams :math:`K_g = J_g J_g^\top`, shape (G, n, n).
+    :param grams: per-group Grams :math:`K_g = J_g J_g^\top`, shape (G, n, n), or the same as
+        :class:`~ntkgp.linearization.symmetric.SymmetricGrams`, in half the memory or on disk. Never copied where a
+        tensor is float64 and contiguous.
     :param targets: t, shape (n,).
     :param noise: the noise model with n rows.
     :param outputs: C, so that n = N*C.
@@ -142,7 +151,7 @@ class GaussianEvidence:
     (1, 3)
     """
 
-    grams: Tensor
+    grams: Tensor | SymmetricGrams
     targets: Tensor
     noise: NoiseModel
     outputs: int = 1
@@ -151,10 +160,11 @@ class GaussianEvidence:
     observations: Tensor | None = None
     group_names: tuple[str, ...] = ()
     group_sizes: tuple[int, ...] = ()
+    stack: GramStack = field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         """Validate and normalise the fields."""
-        num_groups, rows = _check_grams(self.grams)
+        num_groups, rows = _set_grams(self)
         if self.outputs < 1 or rows % self.outputs:
             raise ValueError(f"outputs must divide the number of rows {rows}, got {self.outputs}")
         if self.noise.fixed.numel() != rows:
@@ -194,7 +204,7 @@ class SoftmaxEvidence:
 
     C >= 2: softmax over C classes. C = 1: Bernoulli with one logistic output and labels in {0, 1}.
 
-    :param grams: per-group Grams, shape (G, N*C, N*C), input-major rows.
+    :param grams: per-group Grams, shape (G, N*C, N*C), input-major rows, see :class:`GaussianEvidence`.
     :param logits: network outputs f, shape (N, C).
     :param offset: :math:`m_0 = f - J\tilde\theta`, shape (N, C).
     :param labels: integer labels, shape (N,).
@@ -212,7 +222,7 @@ class SoftmaxEvidence:
     2
     """
 
-    grams: Tensor
+    grams: Tensor | SymmetricGrams
     logits: Tensor
     offset: Tensor
     labels: Tensor
@@ -221,10 +231,11 @@ class SoftmaxEvidence:
     theta_norms: Tensor | None = None
     group_names: tuple[str, ...] = ()
     group_sizes: tuple[int, ...] = ()
+    stack: GramStack = field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         """Validate and normalise the fields."""
-        num_groups, rows = _check_grams(self.grams)
+        num_groups, rows = _set_grams(self)
         if self.variant not in ("simple", "quadratic", "full"):
             raise ValueError(f"variant must be 'simple', 'quadratic' or 'full', got {self.variant!r}")
         if self.logits.ndim != 2 or self.logits.numel() != rows:
@@ -260,9 +271,16 @@ class SoftmaxEvidence:
 Problem = GaussianEvidence | SoftmaxEvidence
 
 
+def _set_grams(problem: Problem) -> tuple[int, int]:
+    """Set the Grams and their view; return (G, n)."""
+    grams, stack = _check_grams(problem.grams)
+    object.__setattr__(problem, "grams", grams)
+    object.__setattr__(problem, "stack", stack)
+    return stack.shape[0], stack.shape[1]
+
+
 def _check_common(problem: Problem, num_groups: int, rows: int) -> None:
     """Validate the fields that both problems share."""
-    object.__setattr__(problem, "grams", _check_finite("grams", problem.grams, (num_groups, rows, rows)))
     if (problem.tangent_theta is None) != (problem.theta_norms is None):
         raise ValueError("tangent_theta and theta_norms must be given together")
     if problem.tangent_theta is not None and problem.theta_norms is not None:

@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Protocol
 
 import torch
 from torch import Tensor
 
+from ntkgp.evidence.blocks import apply_factor, expand, project
 from ntkgp.evidence.problem import NoiseModel
+from ntkgp.evidence.stack import GramStack
 
 EIGENVALUE_CUT = 1e-10
 _EPSILON = torch.finfo(torch.float64).eps
+_NO_TARGETS = "targets are needed for alpha, got None"
 _JITTERS = (0.0, 1e-14, 1e-12, 1e-10, 1e-8, 1e-6)
 
 
@@ -29,7 +31,6 @@ class Solution:
     :param quadratic: :math:`w_g \alpha^\top K_g \alpha`, shape (G,).
     :param alpha_squares: squares of alpha summed over the rows of each noise component, shape (S,).
     :param sse: squared error :math:`|D\alpha|^2 = |t - J\theta_\star|^2`.
-    :param make_alpha: returns alpha, shape (n,), only where it is asked for.
     """
 
     logdet: float
@@ -41,7 +42,6 @@ class Solution:
     quadratic: Tensor
     alpha_squares: Tensor
     sse: float
-    make_alpha: Callable[[], Tensor]
 
 
 class LinearSystem(Protocol):
@@ -49,15 +49,28 @@ class LinearSystem(Protocol):
 
     eigenvalues_cut: int
 
-    def solve(self, weights: Tensor, noise: Tensor) -> Solution:
-        """Factorise and solve at `weights` (G,) and learned variances `noise` (S,)."""
+    def solve(self, weights: Tensor, noise: Tensor, total: Tensor | None = None) -> Solution:
+        """Factorise and solve at `weights` (G,) and learned variances `noise` (S,).
+
+        `total` is the weighted sum of the Grams, where the caller has it.
+        """
+
+    def alpha(self, weights: Tensor, noise: Tensor) -> Tensor:
+        """A^-1 t alone, shape (n,)."""
 
 
-def linear_system(grams: Tensor, targets: Tensor | None, noise: NoiseModel) -> LinearSystem:
-    """Prepare the system: one eigendecomposition where it suffices, else a Cholesky factorisation per value."""
-    if grams.shape[0] == 1 and (noise.is_uniform or noise.num_learned == 0):
-        return SpectralSystem(grams[0], targets, noise)
-    return DenseSystem(grams, targets, noise)
+def linear_system(
+    stack: GramStack, targets: Tensor | None, noise: NoiseModel, factor: Tensor | None = None
+) -> LinearSystem:
+    """Prepare the system: one eigendecomposition where it suffices, else a Cholesky factorisation per value.
+
+    With a block-diagonal `factor` S the Grams are S^T K_g S, of which no stack is made: tr(S^T K_g S A^-1) =
+    tr(K_g S A^-1 S^T).
+    """
+    if stack.shape[0] == 1 and (noise.is_uniform or noise.num_learned == 0):
+        gram = stack.weighted_sum(torch.ones(1, dtype=torch.float64, device=stack.device))
+        return SpectralSystem(gram if factor is None else project(gram, factor), targets, noise)
+    return DenseSystem(stack, targets, noise, factor)
 
 
 def cholesky_with_jitter(matrix: Tensor) -> tuple[Tensor, float]:
@@ -79,37 +92,47 @@ def cholesky_with_jitter(matrix: Tensor) -> tuple[Tensor, float]:
 class DenseSystem:
     """Any number of groups and any diagonal noise: one Cholesky factorisation and one inverse per value.
 
-    Cost per value: n^3 + O(G n^2); memory 3 n^2 besides the Grams.
+    Cost per value: n^3 + O(G n^2), the Grams being read three times; memory 4 n^2 besides them.
     """
 
     eigenvalues_cut = 0
 
-    def __init__(self, grams: Tensor, targets: Tensor | None, noise: NoiseModel) -> None:
+    def __init__(
+        self, stack: GramStack, targets: Tensor | None, noise: NoiseModel, factor: Tensor | None = None
+    ) -> None:
         """Keep views of the Grams."""
-        self.grams, self.targets, self.noise = grams, targets, noise
-        self.flat = grams.reshape(grams.shape[0], -1)
+        self.stack, self.targets, self.noise, self.factor = stack, targets, noise, factor
 
-    def solve(self, weights: Tensor, noise: Tensor) -> Solution:
-        """Factorise and solve; see :class:`Solution`."""
-        size = self.grams.shape[-1]
+    def _factorise(
+        self, weights: Tensor, noise: Tensor, total: Tensor | None
+    ) -> tuple[Tensor, Tensor, float, float, Tensor | None]:
+        """Diagonal of the noise, Cholesky factor, jitter and trace of A, and alpha."""
         diagonal = self.noise.diagonal(noise)
-        matrix = (weights @ self.flat).reshape(size, size)
+        matrix = self.stack.weighted_sum(weights) if total is None else total
+        if self.factor is not None:
+            matrix = project(matrix, self.factor)
+        elif total is not None:
+            matrix = matrix.clone()
         matrix.diagonal().add_(diagonal)
         trace = float(matrix.diagonal().sum())
         factor, jitter = cholesky_with_jitter(matrix)
+        alpha = None if self.targets is None else torch.cholesky_solve(self.targets[:, None], factor)[:, 0]
+        return diagonal, factor, jitter, trace, alpha
+
+    def solve(self, weights: Tensor, noise: Tensor, total: Tensor | None = None) -> Solution:
+        """Factorise and solve; see :class:`Solution`."""
+        diagonal, factor, jitter, trace, alpha = self._factorise(weights, noise, total)
         logdet = 2.0 * float(factor.diagonal().log().sum())
-        alpha = None
-        if self.targets is not None:
-            alpha = torch.cholesky_solve(self.targets[:, None], factor)[:, 0]
         inverse = torch.cholesky_inverse(factor)
-        dimension = weights * (self.flat @ inverse.reshape(-1))
+        del factor
+        dimension = weights * self.stack.inner(inverse if self.factor is None else expand(inverse, self.factor))
         inverse_diagonal = self.noise.sum_per_component(inverse.diagonal())
         # A backward error E of A changes logdet A by tr(A^-1 E) and t^T A^-1 t by alpha^T E alpha.
         sensitivity = inverse.diagonal().sum() + (0.0 if alpha is None else alpha.square().sum())
         rounding = _EPSILON * trace * float(sensitivity)
         if alpha is None or self.targets is None:
             return _without_targets(logdet, dimension, inverse_diagonal, jitter, rounding)
-        quadratic = weights * torch.stack([alpha @ (gram @ alpha) for gram in self.grams])
+        rows = alpha if self.factor is None else apply_factor(self.factor, alpha)
         return Solution(
             logdet,
             dimension.clamp_min(0.0),
@@ -117,11 +140,17 @@ class DenseSystem:
             jitter,
             rounding,
             fit=float(self.targets @ alpha),
-            quadratic=quadratic.clamp_min(0.0),
+            quadratic=(weights * self.stack.quadratic(rows)).clamp_min(0.0),
             alpha_squares=self.noise.sum_per_component(alpha.square()),
             sse=float((diagonal * alpha).square().sum()),
-            make_alpha=lambda: alpha,
         )
+
+    def alpha(self, weights: Tensor, noise: Tensor) -> Tensor:
+        """A^-1 t alone, shape (n,)."""
+        alpha = self._factorise(weights, noise, None)[-1]
+        if alpha is None:
+            raise ValueError(_NO_TARGETS)
+        return alpha
 
 
 class SpectralSystem:
@@ -144,7 +173,7 @@ class SpectralSystem:
         self.values = torch.where(negligible, torch.zeros_like(values), values)
         self.coordinates = None if targets is None else self.vectors.mT @ targets
 
-    def solve(self, weights: Tensor, noise: Tensor) -> Solution:
+    def solve(self, weights: Tensor, noise: Tensor, total: Tensor | None = None) -> Solution:
         """Combine the eigenvalues; see :class:`Solution`."""
         variance = noise if self.whitening is None else torch.ones_like(self.values[:1])
         prior = weights * self.values
@@ -170,18 +199,15 @@ class SpectralSystem:
             quadratic=(prior * reduced.square()).sum().reshape(1),
             alpha_squares=reduced.square().sum().reshape(1)[: self.noise.num_learned],
             sse=float(error.square().sum()),
-            make_alpha=lambda: self._alpha(reduced),
         )
 
-    def _alpha(self, reduced: Tensor) -> Tensor:
-        """Return alpha in the rows of the problem."""
-        alpha = self.vectors @ reduced
+    def alpha(self, weights: Tensor, noise: Tensor) -> Tensor:
+        """A^-1 t alone, shape (n,)."""
+        if self.coordinates is None:
+            raise ValueError(_NO_TARGETS)
+        variance = noise if self.whitening is None else torch.ones_like(self.values[:1])
+        alpha = self.vectors @ (self.coordinates / (weights * self.values + variance))
         return alpha if self.whitening is None else alpha / self.whitening
-
-
-def _no_alpha() -> Tensor:
-    """Refuse alpha where there are no targets."""
-    raise ValueError("targets are needed for alpha, got None")
 
 
 def _without_targets(
@@ -199,5 +225,4 @@ def _without_targets(
         zero_groups,
         zero_noise,
         0.0,
-        _no_alpha,
     )

@@ -13,7 +13,6 @@ from torch import Tensor
 from ntkgp.kernels.composition import MultioutputArithmetic
 from ntkgp.kernels.priors import FlatLogPrior
 from ntkgp.linearization import LinearizedNetwork
-from ntkgp.linearization.grams import block_rows
 from ntkgp.linearization.second_order import needs_graph
 from ntkgp.operators import GroupedGramOperator, NetworkHandle, NeuralTangentOperator
 from ntkgp.operators.handle import ValueCache, point_grams, same
@@ -214,19 +213,13 @@ class NeuralTangentKernel(MultioutputArithmetic):
         lin, budget = self.lin, self._handle.max_memory
         n1, n2 = x1.shape[-2], x2.shape[-2]
         if needs_graph(x1, x2):
-            # Jacobian rows of all inputs stay in the graph, in the network's dtype and in float64.
-            inputs = x1.shape[:-1].numel() + x2.shape[:-1].numel()
-            item = 2 * (torch.finfo(lin.dtype).bits // 8 + 8)
-            return self._gram_bytes(x1, x2) + inputs * self.num_outputs * lin.num_parameters * item <= budget
+            inputs1, inputs2 = x1.shape[:-1].numel(), x2.shape[:-1].numel()
+            return lin.gram_memory(inputs1, inputs2, graph=True) <= budget
         if x1.dim() > 2 and x2.dim() > 2:
             budget -= self._gram_bytes(x1, x2) - self._gram_bytes(x1[(0,) * (x1.dim() - 2)], x2[(0,) * (x2.dim() - 2)])
         else:
             n1, n2 = x1.shape[:-1].numel(), x2.shape[:-1].numel()
-        try:
-            block_rows(lin, n1, n2, budget)
-        except ValueError:
-            return False
-        return True
+        return lin.gram_memory(n1, n2) <= budget
 
     def _weighted_blocks(self, x1: Tensor, x2: Tensor) -> Tensor:  # shape: (*batch, N, C, C)
         """Σ_g J_g(x1_n) J_g(x2_n)ᵀ / λ_g in float64."""

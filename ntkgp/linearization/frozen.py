@@ -285,29 +285,39 @@ class FrozenNetwork:
             )
         )
 
-    def jacobian(self, leaves: Sequence[Tensor], cotangents: Tensor | None = None) -> Weights:
+    def jacobian(
+        self, leaves: Sequence[Tensor], cotangents: Tensor | None = None, names: Sequence[str] | None = None
+    ) -> Weights:
         """Rows of U J by parameter name, {name: (N, K, *shape)}; by default U = I: the Jacobian itself.
 
-        :param cotangents: U, shape (K, C), the same for every input.
+        :param cotangents: U, shape (K, C) for the same of every input, or (N, K, C).
+        :param names: parameters whose rows are wanted; all by default.
         """
+        names = self.trainable if names is None else names
         if self.functional and self.vectorized:
+            everything = self.weights(leaves[0].device)
+            rest = {name: w for name, w in everything.items() if name not in names}
 
             def single(weights: Weights, cotangents: Tensor | None, *row: Tensor) -> Weights:
                 one = [leaf.unsqueeze(0) for leaf in row]
-                output, pull = vjp(lambda w: self(w, one).squeeze(0), weights)[:2]
+                output, pull = vjp(lambda w: self({**rest, **w}, one).squeeze(0), weights)[:2]
                 basis = cotangents if cotangents is not None else torch.eye(len(output)).to(output)
                 return vmap(lambda u: pull(u)[0])(basis)
 
-            in_dims = (None, None, *(0 for _ in leaves))
-            return vmap(single, in_dims)(self.weights(leaves[0].device), cotangents, *leaves)
+            per_row = 0 if cotangents is not None and cotangents.ndim == 3 else None
+            in_dims = (None, per_row, *(0 for _ in leaves))
+            return vmap(single, in_dims)({name: everything[name] for name in names}, cotangents, *leaves)
+        chosen = [self.trainable.index(name) for name in names]
         rows: list[list[Tensor]] = []
         for n in range(leaves[0].shape[0]):
             output, parameters = self._plain([leaf[n : n + 1] for leaf in leaves])
-            basis = cotangents if cotangents is not None else torch.eye(output.shape[-1]).to(output)
-            pulled = [self._gradient(output, parameters, unit.unsqueeze(0), _wants_graph(leaves)) for unit in basis]
+            parameters = [parameters[i] for i in chosen]
+            basis = torch.eye(output.shape[-1]).to(output) if cotangents is None else cotangents
+            units = basis[n] if basis.ndim == 3 else basis
+            pulled = [self._gradient(output, parameters, unit.unsqueeze(0), _wants_graph(leaves)) for unit in units]
             rows.append([torch.stack(columns) for columns in zip(*pulled, strict=True)])
         stacked = (torch.stack(tensors) for tensors in zip(*rows, strict=True))
-        return dict(zip(self.trainable, stacked, strict=True))
+        return dict(zip(names, stacked, strict=True))
 
     def activation_bytes(self, leaves: Sequence[Tensor]) -> int:
         """Bytes per row of everything one forward pass computes."""

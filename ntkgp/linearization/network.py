@@ -10,14 +10,17 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ntkgp.linearization import grams as _grams
 from ntkgp.linearization.frozen import FrozenNetwork, Weights, pass_environment
-from ntkgp.linearization.grams import JacobianRows
+from ntkgp.linearization.grams import products
+from ntkgp.linearization.grams.engine import Engine, Side
+from ntkgp.linearization.grams.explain import Explanation, explain
+from ntkgp.linearization.grams.factors import Factors
 from ntkgp.linearization.groups import ParameterGroups, layer_partition, normalization_partition
 from ntkgp.linearization.invariance import euler_error, normalized_sets, warn_of_stopped_gradients
 from ntkgp.linearization.memory import format_memory, parse_memory
 from ntkgp.linearization.packing import InputPacking
 from ntkgp.linearization.second_order import second_order
+from ntkgp.linearization.symmetric import SymmetricGrams
 
 GROUPS = ("normalization", "layer", "tensor", "single")
 
@@ -309,70 +312,172 @@ class LinearizedNetwork:
         rows = self.jacobian_by_tensor(x).values()
         return torch.cat([tensor.reshape(*tensor.shape[:2], -1) for tensor in rows], dim=-1)
 
-    def grams(self, x1: Any, x2: Any = None, max_memory: str | int | float = "2GiB", progress: bool = False) -> Tensor:
-        r"""Per-group Grams :math:`K_g = J_g(x_1) J_g(x_2)^\top`, rows input-major.
+    @cached_property
+    def engine(self) -> Engine:
+        """What computes Gram blocks layer by layer; which layers go by rules is found out when it is first used."""
+        return Engine(self)
 
-        Passes run in the network's dtype, products in float64. Differentiable with respect to inputs that require
-        gradients (the whole Jacobian is then held).
+    def _side(self, x: Any, outputs: Tensor | None = None) -> Side:
+        if isinstance(x, Factors):
+            return Side(x.x, x.outputs, x)
+        packed = self.pack(x)
+        if outputs is not None and (outputs.shape != packed.shape[:1] or outputs.is_floating_point()):
+            raise ValueError(
+                f"outputs: expected one index per input, shape ({len(packed)},), got {tuple(outputs.shape)}"
+            )
+        return Side(packed, outputs)
 
-        :param x1: raw or packed inputs, or :meth:`rows` kept from before.
+    def grams(
+        self,
+        x1: Any,
+        x2: Any = None,
+        max_memory: str | int | float = "2GiB",
+        progress: bool = False,
+        dtype: torch.dtype = torch.float64,
+    ) -> Tensor:
+        r"""Per-group Grams :math:`K_g = J_g(x_1) J_g(x_2)^\top`, rows input-major, without the Jacobian.
+
+        One forward pass and C backward chains per row give what every layer saw and what came back to it; each layer
+        contributes by the cheapest order of summation (:meth:`explain`). Passes run in the network's dtype, products in
+        ``dtype``: in float64 the result is the exact Gram of a rounded Jacobian, with the rank and the smallest
+        eigenvalues of a Gram, which float32 products would drown at 1e-7 of the largest.
+
+        :param x1: raw or packed inputs, or :meth:`factors` kept from before.
         :param x2: likewise; None for the symmetric Gram of x1.
         :param max_memory: budget for the result and everything held on the way; rows are cut into blocks to fit.
-        :return: shape (G, N1·C, N2·C), float64.
+        :param dtype: of products and result, float64 or float32.
+        :return: shape (G, N1·C, N2·C); differentiable with respect to inputs that require gradients (all layers'
+            factors are then held at once).
         :raises ValueError: the budget cannot hold the result; the message gives the smallest possible one.
 
-        Cost: O(N1·N2·C²·P) flops (half of it if symmetric) and one Jacobian per block; the blocks of x2 are computed
-        again for each block of x1.
+        Cost: per row one forward pass and C backward chains without weight gradients; per layer the flops that
+        :meth:`explain` prints, at most N1·N2·C²·P (half of it if symmetric). `Novak et al. 2022
+        <https://arxiv.org/abs/2206.08720>`_.
         """
-        a = x1 if isinstance(x1, JacobianRows) else self.pack(x1)
-        b = x2 if x2 is None or isinstance(x2, JacobianRows) else self.pack(x2)
-        if isinstance(a, JacobianRows) or isinstance(b, JacobianRows):
-            return _grams.grams(self, a, b, max_memory, progress)
-        if torch.is_grad_enabled() and (a.requires_grad or (b is not None and b.requires_grad)):
-            left = self.jacobian_by_tensor(a)
-            right = left if b is None else self.jacobian_by_tensor(b)
-            return _grams.differentiable(
-                left, right, self.groups.of_tensor, len(self.groups), lambda j, k: j.flatten(0, 1) @ k.flatten(0, 1).mT
-            )
-        return _grams.grams(self, a, b, max_memory, progress)
+        left, right = self._side(x1), None if x2 is None else self._side(x2)
+        if left.needs_graph or (right is not None and right.needs_graph):
+            totals = self.engine.graph(left, right, dtype)
+            sizes = [len(s) * s.num_outputs(self) for s in (left, left if right is None else right)]
+            return products.stack(totals, tuple(sizes), left.x, dtype)
+        return products.grams(self, left, right, max_memory, progress, dtype)
+
+    def gram_memory(self, n1: int, n2: int, *, graph: bool = False) -> int:
+        """Smallest budget of :meth:`grams` between so many inputs, the result included.
+
+        :param graph: with a graph to the inputs, which holds all layers' factors at once.
+        """
+        return self.engine.gram_memory(n1, n2, graph)
 
     def weighted_gram(self, x1: Any, x2: Any, variance: Tensor, max_memory: str | int | float = "2GiB") -> Tensor:
         r"""The kernel matrix :math:`\sum_g v_g J_g(x_1) J_g(x_2)^\top` without its per-group blocks.
 
-        :param x2: inputs, or the :meth:`rows` of inputs kept from before: then no pass over them is made.
+        :param x2: inputs, or the :meth:`factors` of inputs kept from before: then no pass over them is made; None for
+            the symmetric matrix of x1.
         :param variance: :math:`v_g = 1/\lambda_g`, shape (G,); no gradient is returned for it.
         :return: shape (N1·C, N2·C), float64; differentiable with respect to inputs that require gradients.
 
         Cost: as :meth:`grams`, with one N1·C × N2·C result.
         """
-        a = self.pack(x1)
-        b = x2 if isinstance(x2, JacobianRows) else self.pack(x2)
-        if torch.is_grad_enabled() and (a.requires_grad or (isinstance(b, Tensor) and b.requires_grad)):
-            return _grams.differentiable_weighted_gram(self, a, b, variance)
-        return _grams.weighted_gram(self, a, b, variance, max_memory)
+        left, right = self._side(x1), None if x2 is None else self._side(x2)
+        if left.needs_graph or (right is not None and right.needs_graph):
+            totals = self.engine.graph(left, right, torch.float64)
+            return torch.stack(
+                [v * t for v, t in zip(variance.detach().to(torch.float64), totals, strict=True) if t is not None]
+            ).sum(0)
+        return products.weighted_gram(self, left, right, variance, max_memory)
 
-    def rows(self, x: Any, max_memory: str | int | float = "2GiB") -> JacobianRows:
-        """The Jacobian rows of x, kept for later products: N·C·P numbers in the network's dtype.
+    def factors(self, x: Any, max_memory: str | int | float = "2GiB", outputs: Tensor | None = None) -> Factors:
+        """What the layers saw and what came back to them at x, kept so that products need no pass over x again.
 
-        :raises ValueError: they do not fit in the budget (see :meth:`rows_memory`).
+        :param outputs: index of one output per input, shape (N,); then only that output's rows are kept, from a single
+            backward chain. All C outputs by default.
+        :raises ValueError: they do not fit in the budget (see :meth:`factors_memory`), or another shape of outputs.
+
+        Cost: the passes; per layer the smaller of its inputs and cotangents, I + C·O numbers per position, and its
+        Jacobian rows, C·O·I.
         """
-        return _grams.jacobian_rows(self, self.pack(x).detach(), max_memory)
+        side = self._side(x, outputs)
+        return self.engine.factors(side.x.detach(), outputs, parse_memory(max_memory))
 
-    def rows_memory(self, num_rows: int) -> int:
-        """Smallest budget of :meth:`rows` for so many inputs: they, and one input at a time on the way."""
-        kept = num_rows * self.num_outputs * sum(p.numel() * p.element_size() for p in self.frozen.theta.values())
-        return kept + sum(_grams.block_memory(self))
+    def factors_memory(self, num_rows: int) -> int:
+        """Smallest budget of :meth:`factors` for so many inputs: they, and one input at a time on the way."""
+        return self.engine.factors_memory(num_rows)
 
-    def gram_diagonals(self, x: Any, max_memory: str | int | float = "2GiB") -> Tensor:
-        r"""Per-group blocks :math:`J_g(x_n) J_g(x_n)^\top` at single inputs: shape (G, N, C, C), float64.
+    def symmetric_grams(
+        self,
+        x: Any,
+        max_memory: str | int | float = "2GiB",
+        progress: bool = False,
+        storage: str = "auto",
+        dtype: torch.dtype = torch.float64,
+        directory: str | None = None,
+    ) -> SymmetricGrams:
+        """The symmetric per-group Grams of x with half of their entries stored, out of core where they do not fit.
 
-        Cost: O(N·C²·P) flops; no N × N block is formed. Differentiable with respect to x.
+        :param storage: "memory", "disk" (a temporary file without a name), or "auto": memory within the budget.
+        :param dtype: of the storage, float64 or float32; sums are made in float64.
+        :param directory: of the file.
+        :return: see :class:`~ntkgp.linearization.symmetric.SymmetricGrams`.
+        :raises ValueError: the budget cannot hold one n × n matrix beside the storage; the message gives the smallest.
+
+        Cost: as :meth:`grams`; G·(N·C)²/2 stored numbers.
         """
-        packed = self.pack(x)
-        if torch.is_grad_enabled() and packed.requires_grad:
-            rows = self.jacobian_by_tensor(packed)
-            return _grams.differentiable(rows, rows, self.groups.of_tensor, len(self.groups), lambda j, k: j @ k.mT)
-        return _grams.gram_diagonals(self, packed, max_memory)
+        return products.symmetric_grams(self, self._side(x), max_memory, progress, storage, dtype, directory)
+
+    def features(self, x: Any, v: Tensor, max_memory: str | int | float = "2GiB", per_group: bool = False) -> Tensor:
+        r"""Features :math:`\varphi(x) = J(x) V` of K directions, from the layers' activations and cotangents.
+
+        :param v: shape (K, P).
+        :param per_group: keep the groups apart: :math:`J_g(x) V_g`, so that a precision may be put on each later.
+        :return: shape (N, C, K), or (G, N, C, K), in the network's dtype; no graph is kept.
+        :raises ValueError: another shape of v.
+
+        Cost: the passes of a Gram and, per layer and input, the cheaper of 2·T·K·O·(I + C) and 2·C·O·I·(T + K) flops;
+        :meth:`jvp` takes 2·K forward passes.
+        """
+        self._expect(v, "v", (self.num_parameters,))
+        if v.ndim != 2:
+            raise ValueError(f"v: expected shape (K, {self.num_parameters}), got {tuple(v.shape)}")
+        return self.engine.features(self.pack(x).detach(), v.detach(), parse_memory(max_memory), per_group)
+
+    def explain(self, n1: int, n2: int | None = None) -> Explanation:
+        """How :meth:`grams` of so many inputs is computed, layer by layer: shapes, order of summation, flops, bytes.
+
+        :param n2: inputs of the other side; None for a symmetric Gram.
+        :return: prints as a table; ``flops`` and ``flop_limit`` are totals.
+
+        >>> net = torch.nn.Sequential(torch.nn.Linear(3, 8), torch.nn.Tanh(), torch.nn.Linear(8, 2))
+        >>> print(LinearizedNetwork(net, torch.randn(2, 3), groups="single").explain(100))
+        parameters          group  T  I  O  way      Gflop     of all ways                     kept per input
+        0.weight, 0.bias    all    1  3  8  product  0.00081   rows 0.00129, product 0.000402  ...
+        """
+        return explain(self, n1, n2)
+
+    def gram_diagonals(
+        self,
+        x: Any,
+        x2: Any = None,
+        max_memory: str | int | float = "2GiB",
+        dtype: torch.dtype = torch.float64,
+    ) -> Tensor:
+        r"""Per-group blocks :math:`J_g(x_n) J_g(x_n)^\top` at single inputs: shape (G, N, C, C).
+
+        :param x2: inputs of the other side, row by row: :math:`J_g(x_n) J_g(x_{2,n})^\top`.
+        :param dtype: of products and result.
+
+        Cost: the passes and, per layer and row, C²·O + I flops where it is applied once, else C²·O·I at most; no N × N
+        block is formed. Differentiable with respect to inputs.
+        """
+        left, right = self._side(x), None if x2 is None else self._side(x2)
+        c, n = self.num_outputs, len(left)
+        if left.needs_graph or (right is not None and right.needs_graph):
+            return products.stack(self.engine.pointwise_graph(left, right, dtype), (n, c, c), left.x, dtype)
+        out = torch.zeros(len(self.groups), n, c, c, dtype=dtype, device=left.x.device)
+        self.engine.pointwise(left, right, parse_memory(max_memory), out)
+        return out
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {name: value for name, value in self.__dict__.items() if name != "engine"}
 
     def __repr__(self) -> str:
         return (

@@ -19,7 +19,7 @@ from ntkgp.likelihoods import BernoulliLikelihood, CategoricalLikelihood
 from ntkgp.linearization import LinearizedNetwork, ParameterGroups
 from ntkgp.linearization.memory import format_memory, parse_memory
 from ntkgp.linearization.packing import tree_flatten, tree_unflatten
-from ntkgp.models.exact import ExactNTKGP
+from ntkgp.models.exact import ExactNTKGP, matrices_of_fit
 from ntkgp.models.noise import noise_floor
 
 logger = logging.getLogger("ntkgp")
@@ -53,8 +53,8 @@ def from_network(
     :param mean: ``"network"`` or ``"posterior"``, see :class:`~ntkgp.ExactNTKGP`.
     :param fit: fit precisions and noise by the evidence; the report is ``model.report``.
     :param output: picks the output tensor from what the network returns.
-    :param max_memory: budget for the Grams and their factorisation, and another of the same size for the kept Jacobian
-        rows; a third of the machine's memory by default.
+    :param max_memory: budget for the Grams (which go to disk where they do not fit), their factorisation, and what is
+        kept of the training inputs; a third of the machine's memory by default.
     :param fit_options: passed to :func:`~ntkgp.fit_evidence` (``method``, ``at``, ``progress``, …).
     :return: the model, in eval mode.
     :raises ValueError: data too large for exact inference (the message says how large N·C may be and what this one
@@ -74,7 +74,7 @@ def from_network(
     lin = LinearizedNetwork(net, x, groups=groups, output=output)
     budget = _machine_memory() // 3 if max_memory is None else parse_memory(max_memory)
     rows = len(lin.pack(x)) * lin.num_outputs
-    _check_size(rows, len(lin.groups), budget)
+    _check_size(rows, budget)
     logger.info("exact inference: N·C = %d, P = %d, %d group(s)", rows, lin.num_parameters, len(lin.groups))
     model = ExactNTKGP(x, y, _likelihood(likelihood, lin, y), lin, mean, max_memory=budget)
     model.eval()
@@ -82,19 +82,14 @@ def from_network(
     return model
 
 
-def _matrices(num_groups: int) -> int:
-    """N·C × N·C matrices held while fitting: Grams, their projections, a factor, an inverse and workspace."""
-    return 2 * num_groups + 4
-
-
-def _check_size(rows: int, num_groups: int, budget: int) -> None:
-    needed = 8 * _matrices(num_groups) * rows**2
+def _check_size(rows: int, budget: int) -> None:
+    needed = matrices_of_fit(rows)
     if needed > budget:
-        largest = math.isqrt(budget // (8 * _matrices(num_groups)))
+        largest = math.isqrt(budget // matrices_of_fit(1))
         raise ValueError(
-            f"train_data: exact inference with N·C = {rows} rows and {num_groups} group(s) needs "
-            f"{format_memory(needed)}; the budget of {format_memory(budget)} allows N·C up to {largest}. "
-            "Use fewer data, fewer groups (groups='single'), or a larger max_memory"
+            f"train_data: exact inference with N·C = {rows} rows needs {format_memory(needed)} beside the Grams, which "
+            f"may go to disk; the budget of {format_memory(budget)} allows N·C up to {largest}. "
+            "Use fewer data or a larger max_memory"
         )
 
 

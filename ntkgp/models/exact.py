@@ -16,8 +16,9 @@ from ntkgp.evidence.problem import GaussianEvidence, Problem, SoftmaxEvidence
 from ntkgp.kernels import NeuralTangentKernel
 from ntkgp.likelihoods import validate_labels
 from ntkgp.linearization import LinearizedNetwork
-from ntkgp.linearization.grams import JacobianRows
+from ntkgp.linearization.grams import Factors
 from ntkgp.linearization.memory import parse_memory
+from ntkgp.linearization.symmetric import SymmetricGrams
 from ntkgp.means import LinearizedMean, NetworkMean
 from ntkgp.models.conditioned import Conditionable
 from ntkgp.models.factors import GaussianFactors, SoftmaxFactors
@@ -233,14 +234,14 @@ class ExactNTKGP(Conditionable, ExactGP):
         if self.mean == "network":
             return FixedMean(self._network_mean)
         kept = self._training_side()
-        source = kept.rows if kept.rows is not None else kept.x
+        source = kept.factors if kept.factors is not None else kept.x
         variance = self.kernel.precision.detach().reciprocal()
         return FixedMean(self.mean_module, (source, variance, self._factors()[0].alpha), self.max_memory)
 
     def _cross(self, x: Tensor) -> Tensor:
         """K(x, X), shape (T·C, N·C)."""
         kept = self._training_side()
-        source = kept.rows if kept.rows is not None else self.train_inputs[0]
+        source = kept.factors if kept.factors is not None else self.train_inputs[0]
         return self.lin.weighted_gram(x, source, self.kernel.precision.reciprocal(), self.max_memory)
 
     def _training_side(self) -> _Kept:
@@ -253,8 +254,7 @@ class ExactNTKGP(Conditionable, ExactGP):
         return self._kept
 
     def _gram(self) -> Tensor:
-        grams, precision = self._training_side().grams, self.kernel.precision.detach()
-        return torch.einsum("g,gnm->nm", precision.reciprocal().to(grams), grams)
+        return self._training_side().grams.weighted_sum(self.kernel.precision.detach().reciprocal().to(torch.float64))
 
     def _noise(self) -> LinearOperator:
         """Covariance of the observation noise of the training data."""
@@ -356,32 +356,41 @@ class ExactNTKGP(Conditionable, ExactGP):
         return FunctionSamples(lin, self._mean_of_now(), weights)
 
 
+def matrices_of_fit(rows: int) -> int:
+    """Bytes of the N·C × N·C matrices that a fit holds beside the Grams: their sum, factors, inverse and workspace."""
+    return 8 * 8 * rows**2
+
+
 @dataclass(frozen=True)
 class _Kept:
     """What one visit to the training data leaves behind; independent of every hyper-parameter.
 
     :param x: the training inputs, packed.
-    :param grams: K_g, shape (G, N·C, N·C).
+    :param grams: K_g, shape (G, N·C, N·C), half of the entries, in memory or on disk.
     :param outputs: f, shape (N, C).
     :param offset: f − Jθ̃ as the prior mean gives it, shape (N, C).
     :param tangent_theta: J_g θ̃_g, shape (G, N·C).
-    :param rows: the Jacobian rows, where they fit.
+    :param factors: what the layers saw and what came back to them, where it fits.
     """
 
     x: Tensor
-    grams: Tensor
+    grams: SymmetricGrams
     outputs: Tensor
     offset: Tensor
     tangent_theta: Tensor
-    rows: JacobianRows | None
+    factors: Factors | None
 
     @classmethod
     def build(cls, lin: LinearizedNetwork, prior_mean: LinearizedMean, x: Tensor, max_memory: int) -> _Kept:
+        n, groups = len(x) * lin.num_outputs, len(lin.groups)
         with torch.no_grad():
-            rows = lin.rows(x, max_memory) if lin.rows_memory(len(x)) <= max_memory else None
-            grams = lin.grams(x if rows is None else rows, max_memory=max_memory)
-            groups = torch.arange(len(lin.groups), device=lin.theta.device).unsqueeze(-1)
-            masked = lin.theta * (lin.groups.index.to(lin.theta.device) == groups)
+            reserved, held = matrices_of_fit(n), SymmetricGrams.size_of(groups, n)
+            storage = "memory" if held + reserved <= max_memory or x.device.type != "cpu" else "disk"
+            taken = reserved + (held if storage == "memory" else 0)
+            factors = lin.factors(x, max_memory) if taken + lin.factors_memory(len(x)) <= max_memory else None
+            grams = lin.symmetric_grams(x if factors is None else factors, max_memory, storage=storage)
+            index = torch.arange(groups, device=lin.theta.device).unsqueeze(-1)
+            masked = lin.theta * (lin.groups.index.to(lin.theta.device) == index)
             tangent = lin.jvp(x, masked).to(torch.float64).flatten(1)
             outputs = lin(x).to(torch.float64)
-            return cls(x, grams, outputs, prior_mean(x).reshape_as(outputs), tangent, rows)
+            return cls(x, grams, outputs, prior_mean(x).reshape_as(outputs), tangent, factors)

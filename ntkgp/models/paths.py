@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from ntkgp.linearization import LinearizedNetwork
-from ntkgp.linearization.grams import JacobianRows
+from ntkgp.linearization.grams import Factors
 from ntkgp.means import NetworkMean
 
 
@@ -19,12 +19,12 @@ class FixedMean:
     r"""A predictive mean that no later change of the model reaches: m(x), or :math:`m(x) + K(x, X)\alpha`.
 
     :param module: m.
-    :param dual: X or its Jacobian rows, 1/λ_g and α; None for m alone.
+    :param dual: X or its layers' factors, 1/λ_g and α; None for m alone.
     :param max_memory: budget for K(x, X).
     """
 
     module: NetworkMean
-    dual: tuple[JacobianRows | Tensor, Tensor, Tensor] | None = None
+    dual: tuple[Factors | Tensor, Tensor, Tensor] | None = None
     max_memory: int = 2**31
 
     def __call__(self, x: Tensor) -> Tensor:

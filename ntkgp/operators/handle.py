@@ -57,13 +57,6 @@ class NetworkHandle:
         """Number of inputs whose vjp with ``columns`` cotangents is differentiated at a time."""
         return max(1, self.max_memory // (4 * (3 + columns) * self.lin.activation_bytes))
 
-    def jacobian_rows(self) -> int:
-        """Number of inputs whose Jacobian rows are held at a time, for each of two inputs."""
-        lin = self.lin
-        item = torch.finfo(lin.dtype).bits // 8
-        per_row = 2 * lin.num_outputs * lin.num_parameters * (item + 8) + (lin.num_outputs + 2) * lin.activation_bytes
-        return max(1, self.max_memory // (2 * per_row))
-
 
 class ValueCache:
     """
@@ -116,16 +109,5 @@ def same(a: Tensor, b: Tensor) -> bool:
 
 def point_grams(handle: NetworkHandle, x1: Tensor, x2: Tensor) -> Tensor:
     r"""Blocks :math:`J_g(x_{1,n}) J_g(x_{2,n})^\top` of each group, (G, N, C, C) in float64; differentiable in x."""
-    lin = handle.lin
-    if x1 is x2 or (not needs_graph(x1, x2) and same(x1, x2)):
-        return lin.gram_diagonals(x1)
-    blocks = []
-    for a, b in zip(x1.split(handle.jacobian_rows()), x2.split(handle.jacobian_rows()), strict=True):
-        groups: list[Tensor | None] = [None] * len(lin.groups.names)
-        pairs = zip(lin.jacobian_by_tensor(a).values(), lin.jacobian_by_tensor(b).values(), strict=True)
-        for (j1, j2), g in zip(pairs, lin.groups.of_tensor, strict=True):
-            term = j1.flatten(2).to(torch.float64) @ j2.flatten(2).to(torch.float64).mT
-            previous = groups[g]
-            groups[g] = term if previous is None else previous + term
-        blocks.append(torch.stack([group for group in groups if group is not None]))
-    return torch.cat(blocks, dim=1)
+    one = x1 is x2 or (not needs_graph(x1, x2) and same(x1, x2))
+    return handle.lin.gram_diagonals(x1, None if one else x2, handle.max_memory)

@@ -11,7 +11,6 @@ from linear_operator.operators import DenseLinearOperator, LinearOperator
 from linear_operator.operators._linear_operator import IndexType
 from torch import Tensor
 
-from ntkgp.linearization.grams import block_rows
 from ntkgp.linearization.second_order import needs_graph
 from ntkgp.operators.handle import NetworkHandle, point_grams
 
@@ -42,8 +41,8 @@ class NeuralTangentOperator(LinearOperator):
     :raises ValueError: another shape, or no handle.
 
     Cost: a product with k vectors is k vjp's over N2 and k jvp's over N1 inputs, and O(k·P) memory, k in chunks. Passes
-    run in the network's dtype; the result has that of ``x1``. ``to_dense`` without gradients works on blocks of
-    Jacobian rows, O(N1·N2·C²·P) flops.
+    run in the network's dtype; the result has that of ``x1``. ``to_dense`` without gradients goes layer by layer
+    (:meth:`ntkgp.LinearizedNetwork.grams`).
 
     Example:
         >>> import torch, ntkgp
@@ -268,21 +267,14 @@ class NeuralTangentOperator(LinearOperator):
 
     def to_dense(self) -> Tensor:  # shape: (*batch, N1·C, N2·C)
         """
-        Evaluate the matrix from blocks of Jacobian rows that fit in the handle's budget.
+        Evaluate the matrix layer by layer, in blocks of rows that fit in the handle's budget.
 
         With gradients, or where not even one row fits, by one product per column, whose derivative keeps nothing.
         """
-        if needs_graph(self.x1, self.x2, self.variance) or not self._one_row_fits():
+        if needs_graph(self.x1, self.x2, self.variance) or self.lin.gram_memory(1, 1) > self.handle.max_memory:
             return super().to_dense()
         out = torch.empty(self.shape, dtype=self.dtype, device=self.device)
         for x1, x2, indices in self._by_inputs():
             for index in indices:
                 out[index] = self.lin.weighted_gram(x1, x2, self.variance[index], self.handle.max_memory).to(self.dtype)
         return out
-
-    def _one_row_fits(self) -> bool:
-        try:
-            block_rows(self.lin, 1, 1, self.handle.max_memory)
-        except ValueError:
-            return False
-        return True

@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 
 from ntkgp.evidence import SoftmaxEvidence, dual_mode, evidence_objective
 from ntkgp.evidence.blocks import apply_factor, apply_factor_transpose, project
+from ntkgp.evidence.newton import NewtonSystem
 from ntkgp.evidence.objective import SoftmaxObjective
 from ntkgp.likelihoods import curvature_factor
 from tests.evidence import dense
@@ -116,6 +117,25 @@ def test_undamped_newton_cycles_and_damped_newton_converges(seed):
     found = dual_mode(gram, offset, labels)
     assert found.gap <= 1e-11
     assert found.steps <= 15
+
+
+def test_a_factorisation_serves_neighbouring_modes():
+    """After a small change of the precisions no new one is made; from far away the old one does no harm."""
+    model, problem = dense.softmax_problem(2, 12, 3)
+    gram = model.jacobian @ model.jacobian.T
+    first = dual_mode(gram, problem.offset, problem.labels)
+    assert first.steps >= 2
+    system = NewtonSystem.build(gram, first.logits)
+    near = dual_mode(1.01 * gram, problem.offset, problem.labels, first.alpha, system=system)
+    assert near.system is system
+    assert near.steps == 0
+    assert near.gap <= 1e-11
+    assert dual_mode(1.01 * gram, problem.offset, problem.labels, first.alpha).steps == 1
+    for factor in (1e-3, 1e3):
+        far = dual_mode(factor * gram, problem.offset, problem.labels, first.alpha, system=first.system)
+        cold = dual_mode(factor * gram, problem.offset, problem.labels)
+        assert far.gap <= 1e-10
+        close(far.logits, cold.logits, 1e-8)
 
 
 def test_a_bad_warm_start_costs_no_accuracy():

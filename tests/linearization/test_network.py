@@ -376,7 +376,7 @@ def _globals() -> tuple[object, ...]:
 def _use(lin: ntkgp.LinearizedNetwork, x: Tensor) -> None:
     for inputs in (x, x.clone().requires_grad_()):
         lin(inputs), lin.jvp(inputs, lin.theta), lin.vjp(inputs, lin(x)), lin.jacobian(inputs)
-        lin.grams(inputs), lin.gram_diagonals(inputs), lin.groups.verify(x), lin.rows(x)
+        lin.grams(inputs), lin.gram_diagonals(inputs), lin.groups.verify(x), lin.factors(x)
     repr(lin), repr(lin.groups), lin.groups.is_normalized
 
 
@@ -487,7 +487,7 @@ def test_autocast_and_inference_mode_outside() -> None:
 
 def _functions(lin: ntkgp.LinearizedNetwork, z: Tensor) -> dict[str, object]:
     c, p, g, n = lin.num_outputs, lin.num_parameters, len(lin.groups), len(z)
-    rows = lin.rows(z)
+    rows = lin.factors(z)
     variance = noise(20, g).exp()
     return {
         "f": lambda x: (lin(x) * noise(10, n, c)).sum(),

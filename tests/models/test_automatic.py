@@ -129,7 +129,9 @@ def test_options_are_passed_on() -> None:
 
 
 def test_too_much_for_exact_inference() -> None:
-    with pytest.raises(ValueError, match=r"train_data: .* N·C = 90 .* needs .*iB; the budget of 100 KiB allows"):
+    with pytest.raises(
+        ValueError, match=r"train_data: .* N·C = 90 .* needs .*iB beside .*; the budget of 100 KiB allows"
+    ):
         ntkgp.from_network(S.net, (S.x, S.y), max_memory="100KiB")
     with pytest.raises(ValueError, match=r"N·C up to (\d+)") as caught:
         ntkgp.from_network(S.net, (S.x, S.y), max_memory="500KiB")

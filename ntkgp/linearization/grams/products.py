@@ -1,0 +1,113 @@
+"""The Grams of a network as its users ask for them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from ntkgp.linearization.grams.engine import Side
+from ntkgp.linearization.grams.packed import PackedWriter
+from ntkgp.linearization.memory import format_memory, parse_memory
+from ntkgp.linearization.symmetric import SymmetricGrams
+
+if TYPE_CHECKING:
+    from ntkgp.linearization.network import LinearizedNetwork
+
+# Tile of the copy from below to above the diagonal.
+_MIRROR = 512
+
+
+def grams(
+    lin: LinearizedNetwork, left: Side, right: Side | None, max_memory: str | int | float, progress: bool,
+    dtype: torch.dtype, force: str | None = None,
+) -> Tensor:  # fmt: skip
+    """See :meth:`ntkgp.LinearizedNetwork.grams`."""
+    n1 = len(left) * left.num_outputs(lin)
+    n2 = n1 if right is None else len(right) * right.num_outputs(lin)
+    out = _fill(lin, left, right, (len(lin.groups), n1, n2), parse_memory(max_memory), dtype, None, progress, force)
+    if right is None:
+        for matrix in out:
+            mirror(matrix)
+    return out
+
+
+def weighted_gram(
+    lin: LinearizedNetwork, left: Side, right: Side | None, variance: Tensor, max_memory: str | int | float
+) -> Tensor:
+    """See :meth:`ntkgp.LinearizedNetwork.weighted_gram`."""
+    if variance.shape != (len(lin.groups),):
+        raise ValueError(f"variance: expected shape ({len(lin.groups)},), got {tuple(variance.shape)}")
+    weights = variance.detach().to(torch.float64).tolist()
+    n1 = len(left) * left.num_outputs(lin)
+    n2 = n1 if right is None else len(right) * right.num_outputs(lin)
+    out = _fill(lin, left, right, (1, n1, n2), parse_memory(max_memory), torch.float64, weights, False, None)[0]
+    if right is None:
+        mirror(out)
+    return out
+
+
+def symmetric_grams(
+    lin: LinearizedNetwork, side: Side, max_memory: str | int | float, progress: bool, storage: str,
+    dtype: torch.dtype, directory: str | None,
+) -> SymmetricGrams:  # fmt: skip
+    """See :meth:`ntkgp.LinearizedNetwork.symmetric_grams`."""
+    budget, k, groups = parse_memory(max_memory), side.num_outputs(lin), len(lin.groups)
+    n = len(side) * k
+    working = 8 * n * n + lin.engine.smallest_budget(side, None)
+    held = SymmetricGrams.size_of(groups, n, dtype)
+    if storage == "auto":
+        storage = "memory" if held + working <= budget or side.x.device.type != "cpu" else "disk"
+    smallest = working + (held if storage == "memory" else 0)
+    if smallest > budget:
+        raise ValueError(
+            f"max_memory: {format_memory(budget)} is too small for {groups} Gram block(s) of {n} x {n} kept on "
+            f"{storage}; the smallest possible is {format_memory(smallest)}"
+        )
+    stack = SymmetricGrams(groups, n, dtype=dtype, device=side.x.device, storage=storage, directory=directory)
+    writer = PackedWriter(stack, k, torch.float64)
+    rest = budget - 8 * n * n - (held if storage == "memory" else 0)
+    lin.engine.fill(side, None, rest, torch.float64, writer, writer.start, None, progress)
+    writer.flush()
+    return stack
+
+
+def _fill(
+    lin: LinearizedNetwork, left: Side, right: Side | None, shape: tuple[int, int, int], budget: int,
+    dtype: torch.dtype, weights: Sequence[float] | None, progress: bool, force: str | None,
+) -> Tensor:  # fmt: skip
+    size = shape[0] * shape[1] * shape[2] * torch.finfo(dtype).bits // 8
+    smallest = size + lin.engine.smallest_budget(left, right, force)
+    if smallest > budget:
+        raise ValueError(
+            f"max_memory: {format_memory(budget)} is too small for {shape[0]} Gram block(s) of {shape[1]} x {shape[2]} "
+            f"with P = {lin.num_parameters}; the smallest possible is {format_memory(smallest)}"
+        )
+    out = torch.zeros(shape, dtype=dtype, device=left.x.device)
+    k1 = left.num_outputs(lin)
+    k2 = k1 if right is None else right.num_outputs(lin)
+
+    def start() -> None:
+        out.zero_()
+
+    def write(g: int, rows: slice, columns: slice) -> Tensor:
+        return out[g, rows.start * k1 : rows.stop * k1, columns.start * k2 : columns.stop * k2]
+
+    lin.engine.fill(left, right, budget - size, dtype, write, start, weights, progress, force)
+    return out
+
+
+def mirror(matrix: Tensor) -> None:
+    """Copy what is below the diagonal to above it, in place."""
+    for a in range(0, len(matrix), _MIRROR):
+        b = min(a + _MIRROR, len(matrix))
+        matrix[:a, a:b] = matrix[a:b, :a].mT
+        tile = matrix[a:b, a:b]
+        tile.copy_(tile.tril() + tile.tril(-1).mT)
+
+
+def stack(totals: list[Tensor | None], shape: tuple[int, ...], like: Tensor, dtype: torch.dtype) -> Tensor:
+    """One tensor of all groups; those without a contribution are zero."""
+    return torch.stack([like.new_zeros(shape, dtype=dtype) if t is None else t for t in totals])
