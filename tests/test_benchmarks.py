@@ -6,6 +6,8 @@ import copy
 import csv
 import math
 import os
+import subprocess
+import sys
 import time
 from dataclasses import asdict
 from pathlib import Path
@@ -158,14 +160,18 @@ def test_clocks_and_memory() -> None:
     cost, value = timing.measure(lambda: time.sleep(0.05))
     assert value is None
     assert cost.cpu < 0.04 < cost.wall
-    before = timing.reset_peak()
-    if before is not None:
-        torch.ones(25_000_000).add_(1)
-        peak = timing.peak_memory()
-        assert peak is not None
-        assert 50e6 < peak - before < 300e6
     assert timing.percentile([3.0, 1.0, 2.0], 0.9) == 3.0
     assert math.isnan(timing.percentile([], 0.9))
+
+
+def test_peak_memory() -> None:
+    if timing.reset_peak() is None:
+        pytest.skip("the peak of a process cannot be read here")
+    # In a process of its own: elsewhere the allocation may land in memory that was free already.
+    code = "import torch; from benchmarks import timing; before = timing.reset_peak(); torch.ones(25_000_000).add_(1)"
+    code += "; print(timing.peak_memory() - before)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert 95e6 < float(done.stdout) < 150e6
 
 
 def test_limits_end_a_run() -> None:

@@ -83,17 +83,32 @@ def private_copy(net: nn.Module) -> nn.Module:
     return copied
 
 
+def _forget_gradients(module: nn.Module) -> nn.Module:
+    """Gradients that a user's ``backward()`` leaves at the private copy's weights are dropped as they come."""
+
+    def forget(parameter: Tensor) -> None:
+        parameter.grad = None
+
+    for parameter in module.parameters():
+        if parameter.requires_grad:
+            parameter.register_post_accumulate_grad_hook(forget)
+    return module
+
+
 class _Attributes:
     """What the modules of a network hold, put back after a pass: forward may keep tensors (of torch.func's inside)."""
 
     def __init__(self, net: nn.Module) -> None:
-        self._held = [(m, dict(vars(m)), dict(m._buffers)) for m in net.modules()]
+        self._held = [(m, dict(vars(m)), dict(m._parameters), dict(m._buffers)) for m in net.modules()]
 
     def restore(self) -> None:
         """Put everything back that a pass assigned."""
-        for module, attributes, buffers in self._held:
+        for module, attributes, parameters, buffers in self._held:
             module.__dict__.clear()
             module.__dict__.update(attributes)
+            # functional_call leaves its own weights in a module that goes by two names (torch 2.13).
+            module._parameters.clear()
+            module._parameters.update(parameters)
             module._buffers.clear()
             module._buffers.update(buffers)
 
@@ -161,7 +176,7 @@ class FrozenNetwork:
         select: Callable[[Any], Tensor] | None,
         leaf_dtypes: Sequence[torch.dtype],
     ) -> None:
-        module = private_copy(net)
+        module = _forget_gradients(private_copy(net))
         self._to_tree, self._select = to_tree, select
         self.trainable: tuple[str, ...] = tuple(n for n, p in module.named_parameters() if p.requires_grad)
         parameters = dict(module.named_parameters())
@@ -181,7 +196,7 @@ class FrozenNetwork:
     def module(self, device: torch.device) -> nn.Module:
         """The private copy on a device."""
         if device not in self._modules:
-            moved = copy.deepcopy(self._modules[self.device]).to(device)
+            moved = _forget_gradients(copy.deepcopy(self._modules[self.device]).to(device))
             self._modules[device], self._attributes[id(moved)] = moved, _Attributes(moved)
         return self._modules[device]
 
@@ -225,7 +240,7 @@ class FrozenNetwork:
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
-        self._attributes = {id(module): _Attributes(module) for module in self._modules.values()}
+        self._attributes = {id(module): _Attributes(_forget_gradients(module)) for module in self._modules.values()}
 
     def __call__(self, weights: Weights, leaves: Sequence[Tensor]) -> Tensor:
         """f(x; θ) with the trainable weights replaced -> (N, C)."""

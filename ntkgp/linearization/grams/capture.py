@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 from collections import Counter, defaultdict
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -302,8 +302,10 @@ def terms_of(calls: Sequence[Call], gradients: list[Any], layouts: Mapping[str, 
             back = torch.stack([rows_first(g, layout, num_rows) for g in gradient], dim=1)
         gradients[i] = ()
         uses = back.shape[0] // num_rows
+        inputs = rows_first(call.inputs, layout, num_rows)
         try:
-            terms = site.rule.terms(site.module, rows_first(call.inputs, layout, num_rows), back)
+            with nullcontext() if back.requires_grad or inputs.requires_grad else torch.no_grad():
+                terms = site.rule.terms(site.module, inputs, back)
         except Exception as reason:  # rules are open to users
             logger.warning("the rule of %s failed: %r", site.key, reason)
             terms = {}

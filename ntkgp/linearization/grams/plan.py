@@ -161,7 +161,8 @@ class Plan:
         cotangents = cotangents.to(result.output)
         calls = _calls_per_parameter(result.calls)
         self._chained = {name for call in result.calls if call.chained for name in call.site.names.values()}
-        undecided = {call.site.key for call in result.calls}
+        names_of = {call.site.key: set(call.site.names.values()) for call in result.calls}
+        undecided = set(names_of)
         parameters = dict(sites.module.named_parameters())
         expected: dict[str, Tensor] = {}
         for layout in LAYOUTS:
@@ -194,7 +195,8 @@ class Plan:
             self._pair_biases(chosen, terms, calls)
         self.output_bytes = sum(math.prod(c.shape) * c.inputs.element_size() for c in self.relevant(result)) // n
         self.batched = self._batches(result, cotangents)
-        for key in undecided:
+        idle = {key for key in undecided if not any(bool(expected[n].any()) for n in names_of[key] & expected.keys())}
+        for key in undecided - idle:
             logger.warning("%s is used in a way that its rule does not describe: per-sample gradients are formed", key)
 
     @staticmethod

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
 import pytest
 import torch
 from torch import nn
@@ -92,16 +96,21 @@ def test_the_choice_turns_once(k: int) -> None:
     assert flops[turn]["rows"].flops < 16 * flops[turn]["positions"].flops
 
 
+def noting(taken: set[str], way: str, add: Callable[..., None], *args: Any) -> None:
+    taken.add(way)
+    add(*args)
+
+
 def test_what_is_chosen_is_what_is_done(monkeypatch: pytest.MonkeyPatch) -> None:
     from ntkgp.linearization.grams import engine
 
     for name, (build, inputs) in NETS.items():
         lin = ntkgp.LinearizedNetwork(build(), inputs(0, 2), groups="single")
         told = {line.way for line in lin.explain(6).lines}
-        taken = set()
+        taken: set[str] = set()
         for way in ("rows", "positions", "product"):
             add = getattr(engine, f"add_{way}")
-            monkeypatch.setattr(engine, f"add_{way}", lambda *a, add=add, way=way: (taken.add(way), add(*a))[1])
+            monkeypatch.setattr(engine, f"add_{way}", partial(noting, taken, way, add))
         lin.grams(inputs(1, 6))
         monkeypatch.undo()
         assert taken == told, name

@@ -526,8 +526,11 @@ def test_given_up_while_factors_are_kept() -> None:
     variance = torch.ones(1)
     assert error(lin.weighted_gram(z, kept, variance), dense(lin, k, j)[0]) < TOLERANCE
     assert len(lin.engine.plan.shapes) == 2
-    for left, right, a, b in ((z, kept, k, j), (kept, z, j, k), (lin.factors(z), kept, k, j), (kept, lin.factors(z), j, k),
-                              (kept, None, j, j), (kept, lin.factors(z, outputs=torch.ones(5).long()), j, k[:, 1:])):  # fmt: skip
+    new, second = lin.factors(z), lin.factors(z, outputs=torch.ones(5).long())
+    for left, right, a, b in (
+        (z, kept, k, j), (kept, z, j, k), (new, kept, k, j), (kept, new, j, k), (kept, None, j, j),
+        (kept, second, j, k[:, 1:]),
+    ):  # fmt: skip
         assert error(lin.grams(left, right), dense(lin, a, b)) < TOLERANCE
 
 

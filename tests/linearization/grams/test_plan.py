@@ -23,15 +23,20 @@ from tests.linearization.grams.helper import (
     noise,
 )
 
+
+def _same(names: list[str], parameters: set[str]) -> dict[str, set[str]]:
+    return {name: set(parameters) for name in names}
+
+
 RNN = {f"rnn.{kind}_l{layer}" for layer in (0, 1) for kind in ("weight_ih", "weight_hh", "bias_ih", "bias_hh")}
 # Everything that is not named goes by a rule.
 FALLBACK: dict[str, set[str]] = {
-    **dict.fromkeys(
+    **_same(
         ["mlp_tanh", "mlp_layer_norm", "mlp_batch_norm", "mlp_rms_norm", "shared_layer", "tuple_inputs", "dict_inputs",
          "frozen_bias_layer_norm", "lora_before_layer_norm", "cnn_batch_norm", "cnn_group_norm", "cnn_instance_norm",
          "resnet_batch_norm", "preactivation_resnet", "unet_group_norm", "conv_transpose_batch_norm",
          "depthwise_separable", "tied_head"], set()),
-    **dict.fromkeys(
+    **_same(
         ["transformer_pre_norm", "transformer_encoder_pre_norm", "transformer_post_norm", "transformer_qk_norm"],
         {"position"}),
     "mlp_bare_parameters": {"w1", "b1", "w2", "b2", "w3", "b3"},
@@ -57,7 +62,8 @@ def test_known_nets(name: str, caplog: pytest.LogCaptureFixture) -> None:
         assert fallback(lin) == FALLBACK[name]
     assert [r for r in caplog.records if r.levelno >= logging.WARNING] == []
     told = [r.getMessage() for r in caplog.records]
-    assert told == ([f"per-sample gradients are formed for {', '.join(n for n in lin.frozen.theta if n in FALLBACK[name])}"]
+    rest = ", ".join(n for n in lin.frozen.theta if n in FALLBACK[name])
+    assert told == ([f"per-sample gradients are formed for {rest}"]
                     if FALLBACK[name] else [])  # fmt: skip
     lin.grams(case.example)
     assert fallback(lin) == FALLBACK[name], "nothing is given up on the way"
@@ -115,7 +121,7 @@ def test_where_the_rows_are(layout: str, arrange, restore, length: int) -> None:
 
 
 def test_a_bias_without_derivative() -> None:
-    """Attention does not see a shift of all keys: its bias has a gradient of rounding errors, and still goes by rules."""
+    """Attention does not see a shift of all keys: its bias has a gradient of mere rounding errors."""
 
     def forward(net: Net, x: Tensor) -> Tensor:
         return net.head(F.scaled_dot_product_attention(net.q(x), net.k(x), net.v(x)).mean(1).tanh())
