@@ -5,26 +5,22 @@ from __future__ import annotations
 import logging
 import math
 import os
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable
 from typing import Any
 
-import torch
 from gpytorch.constraints import GreaterThan
 from gpytorch.likelihoods import GaussianLikelihood, Likelihood, MultitaskGaussianLikelihood
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, Dataset, IterableDataset
 
 from ntkgp.evidence import fit_evidence
 from ntkgp.likelihoods import BernoulliLikelihood, CategoricalLikelihood
 from ntkgp.linearization import LinearizedNetwork, ParameterGroups
 from ntkgp.linearization.memory import format_memory, parse_memory
-from ntkgp.linearization.packing import tree_flatten, tree_unflatten
+from ntkgp.models.batches import collect_raw
 from ntkgp.models.exact import ExactNTKGP, matrices_of_fit
 from ntkgp.models.noise import noise_floor
 
 logger = logging.getLogger("ntkgp")
-
-_BATCH = 256
 
 
 def from_network(
@@ -70,7 +66,7 @@ def from_network(
     """
     if inference not in ("auto", "exact"):
         raise ValueError(f"inference: expected 'auto' or 'exact', got {inference!r}")
-    x, y = collect(train_data)
+    x, y = collect_raw(train_data)
     lin = LinearizedNetwork(net, x, groups=groups, output=output)
     budget = _machine_memory() // 3 if max_memory is None else parse_memory(max_memory)
     rows = len(lin.pack(x)) * lin.num_outputs
@@ -114,47 +110,3 @@ def _likelihood(likelihood: str | Likelihood, lin: LinearizedNetwork, y: Tensor)
     if c > 1 and len(lin.output_shape) == 1:
         return MultitaskGaussianLikelihood(num_tasks=c, has_global_noise=False, noise_constraint=floor)
     return GaussianLikelihood(noise_constraint=floor)
-
-
-def collect(train_data: Any) -> tuple[Any, Tensor]:
-    """All rows of ``(x, y)``, a Dataset or a DataLoader; the global random state is left as it was."""
-    if isinstance(train_data, Dataset) and not isinstance(train_data, DataLoader):
-        if not isinstance(train_data, IterableDataset) and len(train_data) == 0:  # type: ignore[arg-type]
-            raise ValueError("train_data has N = 0 rows; expected at least one")
-        train_data = DataLoader(train_data, batch_size=_BATCH)
-    if isinstance(train_data, DataLoader):
-        with torch.random.fork_rng(devices=[]):
-            return _concatenate(_pair(batch) for batch in train_data)
-    if isinstance(train_data, tuple | list) and len(train_data) == 2:
-        return train_data[0], train_data[1]
-    raise TypeError(f"train_data: expected (x, y), a Dataset or a DataLoader, got {type(train_data).__name__}")
-
-
-def _pair(batch: Any) -> tuple[Any, Tensor]:
-    if isinstance(batch, Mapping) and "labels" in batch:
-        return {key: value for key, value in batch.items() if key != "labels"}, batch["labels"]
-    if isinstance(batch, tuple | list) and len(batch) == 2:
-        return batch[0], batch[1]
-    raise TypeError(
-        f"train_data: expected batches of (x, y) or dicts with 'labels', got {type(batch).__name__}"
-        + (f" of length {len(batch)}" if isinstance(batch, tuple | list) else "")
-    )
-
-
-def _concatenate(batches: Iterable[tuple[Any, Tensor]]) -> tuple[Any, Tensor]:
-    parts: list[list[Tensor]] = []
-    targets: list[Tensor] = []
-    structure: Any = None
-    for x, y in batches:
-        leaves, structure = tree_flatten(x)
-        rows = {len(leaf) if isinstance(leaf, Tensor) and leaf.ndim else None for leaf in (*leaves, y)}
-        if len(rows) != 1 or None in rows:
-            raise ValueError(
-                f"train_data: batch {len(targets)} has inputs and targets with different numbers of rows, or a scalar; "
-                "expected tensors whose first dimension is the batch (a DataLoader with a batch_size)"
-            )
-        parts.append(leaves)
-        targets.append(y)
-    if not targets:
-        raise ValueError("train_data has no batches; expected at least one row")
-    return tree_unflatten([torch.cat(columns) for columns in zip(*parts, strict=True)], structure), torch.cat(targets)

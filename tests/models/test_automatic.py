@@ -147,7 +147,7 @@ def test_too_much_for_exact_inference() -> None:
         ((S.x, S.y), {"likelihood": "poisson"}, ValueError, "likelihood: expected 'regression'.*got 'poisson'"),
         (S.x, {}, TypeError, "train_data: expected .* got Tensor"),
         ((S.x, S.y, S.y), {}, TypeError, "train_data: expected .* got tuple"),
-        (TensorDataset(S.x), {}, TypeError, "train_data: expected batches of"),
+        (TensorDataset(S.x), {}, TypeError, "train_data: batch 0: expected"),
         (TensorDataset(S.x[:0], S.y[:0]), {}, ValueError, "train_data has N = 0 rows"),
         (DataLoader(TensorDataset(S.x, S.y), batch_size=50, drop_last=True), {}, ValueError, "has no batches"),
         ((S.x * float("nan"), S.y), {}, ValueError, "NaN"),
