@@ -1,7 +1,7 @@
 """One cell of the comparison, in a process of its own: a probe of one method, or a race of several.
 
 A probe warms up on a few samples and measures one evaluation and the growth of peak memory. A race runs its methods in
-turn (A B A B …) in one process, with the rate of matrix products before and after. Both write one JSON object per line
+turn in one process, with the rate of matrix products before and after. Both write one JSON object per line
 as soon as it is known, so that what is done survives a crash or a time limit.
 """
 

@@ -8,7 +8,7 @@ update    one MacKay update at N·C = 1000, G = 5 (LeNet, the layers as groups) 
           whose Jacobian is recomputed: `vmap(jacrev)`, J Λ⁻¹ Jᵀ and autograd through it.
 gpytorch  value and gradient of the evidence at N = 400, P = 165k, G = 3 against GPyTorch on an explicit root J Λ^-½.
 
-Ratios: same process, run in turn A B A B …, median of the repeats; CPU seconds. The largest difference of the two
+Ratios: same process, run in turn, median of the repeats; CPU seconds. The largest difference of the two
 gradients, relative to the largest entry, is printed beside each.
 """
 

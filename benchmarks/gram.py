@@ -5,7 +5,7 @@
 Every method computes the kernel of all outputs over all parameters of the same float32 network. For each network and N:
 
 1. each method runs once in a process of its own: its peak memory, and whether it ends within the limit;
-2. those that do run in turn (A B A B …) in one process: the median of their CPU seconds / threads and of wall seconds
+2. those that do run in turn in one process: the median of their CPU seconds / threads and of wall seconds
    (on a GPU: wall only), with the rate of matrix products before and after, and the error of each against a float64
    reference.
 

@@ -31,7 +31,7 @@ def measure(run: Callable[[], object], synchronize: Callable[[], object] = lambd
 
 
 def alternate(ways: Mapping[str, Callable[[], object]], repeats: int = 5) -> dict[str, float]:
-    """Median CPU seconds of each way, run in turn A B A B … after one warm-up each."""
+    """Median CPU seconds of each way, run in turn after one warm-up each."""
     for run in ways.values():
         run()
     clocked = {name: lambda run=run: measure(run)[0] for name, run in ways.items()}
@@ -40,12 +40,17 @@ def alternate(ways: Mapping[str, Callable[[], object]], repeats: int = 5) -> dic
 
 
 def alternate_costs(ways: Mapping[str, Callable[[], Cost]], repeats: Mapping[str, int]) -> dict[str, list[Cost]]:
-    """Costs of each way, run in turn A B A B …; a way drops out after its own number of repeats."""
+    """Costs of each way, run in turn A B C B C A …; a way drops out after its own number of repeats.
+
+    The order rotates: what runs after a way that leaves cold caches behind, or another process, is slower for it.
+    """
     costs: dict[str, list[Cost]] = {name: [] for name in ways}
+    names = list(ways)
     for turn in range(max(repeats.values(), default=0)):
-        for name, run in ways.items():
+        start = turn % len(names)
+        for name in names[start:] + names[:start]:
             if turn < repeats[name]:
-                costs[name].append(run())
+                costs[name].append(ways[name]())
     return costs
 
 
