@@ -5,47 +5,63 @@ from __future__ import annotations
 import copy
 import inspect
 import logging
+import threading
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call, jvp, vjp, vmap
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 logger = logging.getLogger("ntkgp")
 
 Weights = dict[str, Tensor]
+# Of one thread at a time: passes put hooks and weights into modules, and set what is global in torch.
+_ALONE = threading.RLock()
 
 
 @contextmanager
 def pass_environment(device: torch.device | None = None) -> Iterator[None]:
-    """Differentiable attention kernels, and the global random state as it was found.
+    """Differentiable attention kernels, the network's own dtypes, and the global random state as it was found.
 
     Gradients are on: some kernels (oneDNN's LSTM) keep no workspace for their backward pass otherwise, whatever
     torch.func asks for. No graph is built as long as neither weights nor inputs require gradients.
     """
-    fast_path = torch.backends.mha.get_fastpath_enabled()
     cuda = [device] if device is not None and device.type == "cuda" else []
-    try:
-        torch.backends.mha.set_fastpath_enabled(False)
-        with (
-            warnings.catch_warnings(),
-            torch.random.fork_rng(devices=cuda),
-            sdpa_kernel(SDPBackend.MATH),
-            torch.enable_grad(),
-        ):
-            # torch's forward mode loads its own decompositions by a deprecated call when first used.
-            warnings.filterwarnings("ignore", message="`torch.jit.script` is deprecated", category=DeprecationWarning)
-            # vmap loops over rows where torch has no batched formula (weight norm); the result is the same.
-            warnings.filterwarnings("ignore", message="There is a performance drop", category=UserWarning)
-            yield
-    finally:
-        torch.backends.mha.set_fastpath_enabled(fast_path)
+    with _ALONE:
+        fast_path = torch.backends.mha.get_fastpath_enabled()
+        try:
+            torch.backends.mha.set_fastpath_enabled(False)
+            with (
+                warnings.catch_warnings(),
+                torch.random.fork_rng(devices=cuda),
+                sdpa_kernel(SDPBackend.MATH),
+                torch.autocast("cuda" if cuda else "cpu", enabled=False),
+                torch.inference_mode(False),
+                torch.enable_grad(),
+            ):
+                # torch's forward mode loads its own decompositions by a deprecated call when first used.
+                warnings.filterwarnings("ignore", "`torch.jit.script` is deprecated", DeprecationWarning)
+                # vmap loops over rows where torch has no batched formula (weight norm); the result is the same.
+                warnings.filterwarnings("ignore", "There is a performance drop", UserWarning)
+                yield
+        finally:
+            torch.backends.mha.set_fastpath_enabled(fast_path)
+
+
+class _InDouble(TorchFunctionMode):
+    """What a network casts to a lower precision, or makes in one, is float64."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        low = isinstance(result, Tensor) and result.dtype in (torch.float32, torch.float16, torch.bfloat16)
+        return result.to(torch.float64) if low else result
 
 
 def _wants_graph(tensors: Sequence[Tensor]) -> bool:
@@ -77,6 +93,7 @@ def private_copy(net: nn.Module) -> nn.Module:
     for module in copied.modules():
         if isinstance(module, nn.Embedding | nn.EmbeddingBag):
             module.sparse = False
+            module.scale_grad_by_freq = False  # a scaled gradient is none of the network's outputs
         # A hook that changes gradients in training must not change the Jacobian.
         module._backward_hooks.clear()
         module._backward_pre_hooks.clear()
@@ -191,7 +208,7 @@ class FrozenNetwork:
         self._attributes = {id(module): _Attributes(module)}
         self._convention: str | None = None
         # Each is switched off by `probe` where torch.func cannot do it, or does it wrongly, for this module.
-        self.functional = self.forward_mode = self.vectorized = True
+        self.functional = self.forward_mode = self.vectorized = self.twice_differentiable = True
 
     def module(self, device: torch.device) -> nn.Module:
         """The private copy on a device."""
@@ -227,7 +244,8 @@ class FrozenNetwork:
         """
         args, kwargs = self._arguments(leaves, cast)
         try:
-            return pick_output(module(*args, **kwargs), self._select)
+            with nullcontext() if cast is None else _InDouble():
+                return pick_output(module(*args, **kwargs), self._select)
         finally:
             self._restore(module)
 
@@ -274,10 +292,13 @@ class FrozenNetwork:
         return [torch.zeros_like(p) if g is None else g for g, p in zip(found, parameters, strict=True)]
 
     def jvp(self, leaves: Sequence[Tensor], tangent: Weights) -> Tensor:
-        """J v -> (N, C), by forward mode or by differentiating u ↦ Jᵀu."""
+        """J v -> (N, C), by forward mode, by differentiating u ↦ Jᵀu, or by the rows of J."""
         if self.functional and self.forward_mode:
             weights = self.weights(leaves[0].device)
             return jvp(lambda w: self(w, leaves), (weights,), (tangent,))[1]
+        if not self.twice_differentiable:
+            rows = self.jacobian(leaves)
+            return torch.stack([torch.tensordot(rows[n], tangent[n], tangent[n].ndim) for n in self.trainable]).sum(0)
         output, parameters = self._plain(leaves)
         cotangent = torch.zeros_like(output, requires_grad=True)
         pulled = self._gradient(output, parameters, cotangent, graph=True)
@@ -371,9 +392,14 @@ class FrozenNetwork:
             logger.warning("torch.func does not reproduce this network's gradients: ordinary autograd runs, row by row")
         forward_mode = self.functional
         self.forward_mode = False
-        reference = self.jvp(leaves, tangent).detach()
+        try:
+            reference = self.jvp(leaves, tangent).detach()
+        except (RuntimeError, NotImplementedError):
+            logger.warning("this network can be differentiated once only: jvp runs by rows of the Jacobian")
+            self.twice_differentiable = self.vectorized = False
+            reference = self.jvp(leaves, tangent).detach()
         self.forward_mode = forward_mode and self._forward_mode_works(leaves, tangent, reference, agrees)
-        if forward_mode and not self.forward_mode:
+        if forward_mode and not self.forward_mode and self.twice_differentiable:
             logger.warning("forward-mode differentiation is missing for this network: jvp runs as a double vjp")
         self.vectorized = self.functional and agrees(
             lambda: torch.cat(

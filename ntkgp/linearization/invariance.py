@@ -117,6 +117,12 @@ def warn_of_stopped_gradients(frozen: FrozenNetwork, leaves: Sequence[Tensor]) -
         size = p.to(torch.float64).square().mean().sqrt()
         direction = torch.randn(p.shape, generator=generator, dtype=torch.float64).to(p.device)
         tangent[name] = direction * torch.where(size > 0, size, torch.ones_like(size))
+    names = {id(p): name for name, p in parameters.items()}
+    for layer in module.modules():
+        if isinstance(layer, nn.Embedding | nn.EmbeddingBag) and layer.padding_idx is not None:
+            padded = names.get(id(layer.weight))
+            if padded in tangent:
+                tangent[padded][layer.padding_idx] = 0.0  # torch gives this row no gradient, whatever the outputs do
 
     def moved(step: float) -> Tensor:
         with torch.no_grad():
@@ -127,7 +133,13 @@ def warn_of_stopped_gradients(frozen: FrozenNetwork, leaves: Sequence[Tensor]) -
                 parameters[name].sub_(direction, alpha=step)
         return output.flatten()
 
-    difference = (moved(_STEP) - moved(-_STEP)) / (2 * _STEP)
+    try:
+        difference = (moved(_STEP) - moved(-_STEP)) / (2 * _STEP)
+    except (RuntimeError, TypeError, NotImplementedError) as reason:
+        logger.info(
+            "the network does not run in float64: its derivative was not compared with differences (%s)", reason
+        )
+        return
     product = frozen.jvp(leaves, {name: v.to(frozen.theta[name].dtype) for name, v in tangent.items()})
     error = (product.detach().to(torch.float64).flatten() - difference).norm() / difference.norm().clamp_min(1e-30)
     if float(error) > _STOPPED:

@@ -78,17 +78,19 @@ class LinearizedNetwork:
         self.packing = InputPacking(example)
         self._max_memory = parse_memory(max_memory)
         self._check_weights(net)
-        self.frozen = FrozenNetwork(net, self.packing.tree, output, self.packing.dtypes)
-        packed = self.packing.pack(example, "example")
-        with pass_environment(packed.device):
-            self._probe_rows = self._check_outputs(packed[: min(4, len(packed))])
-            leaves = self.packing.leaves(self._probe_rows[:2])
-            self.activation_bytes = self.frozen.activation_bytes(leaves)
-            self.frozen.probe(leaves)
-            warn_of_stopped_gradients(self.frozen, leaves)
-        # The matrix is (N, C) inside; what the network returned per row is kept to restore it.
-        self.num_outputs = math.prod(self.output_shape)
-        self.groups = self._make_groups(groups, {id(p): name for name, p in net.named_parameters()})
+        packed = _ordinary(self.packing.pack(example, "example"))
+        # Tensors made in inference mode could never enter a graph.
+        with torch.inference_mode(False):
+            self.frozen = FrozenNetwork(net, self.packing.tree, output, self.packing.dtypes)
+            with pass_environment(packed.device):
+                self._probe_rows = self._check_outputs(packed[: min(4, len(packed))])
+                leaves = self.packing.leaves(self._probe_rows[:2])
+                self.activation_bytes = self.frozen.activation_bytes(leaves)
+                self.frozen.probe(leaves)
+                warn_of_stopped_gradients(self.frozen, leaves)
+            # The matrix is (N, C) inside; what the network returned per row is kept to restore it.
+            self.num_outputs = math.prod(self.output_shape)
+            self.groups = self._make_groups(groups, {id(p): name for name, p in net.named_parameters()})
 
     @staticmethod
     def _check_weights(net: nn.Module) -> None:
@@ -212,11 +214,12 @@ class LinearizedNetwork:
         return outputs.reshape(*outputs.shape[:-1], *self.output_shape)
 
     def _unflatten(self, v: Tensor) -> Weights:
-        parts = v.split([p.numel() for p in self.frozen.theta.values()])
-        return {
-            name: part.reshape(p.shape).to(p.dtype)
-            for (name, p), part in zip(self.frozen.theta.items(), parts, strict=True)
-        }
+        parts = _ordinary(v).split([p.numel() for p in self.frozen.theta.values()])
+        with torch.inference_mode(False):
+            return {
+                name: part.reshape(p.shape).to(p.dtype)
+                for (name, p), part in zip(self.frozen.theta.items(), parts, strict=True)
+            }
 
     def _chunks(self, x: Tensor, passes: int) -> list[Tensor]:
         rows = self._max_memory // (passes * self.activation_bytes)
@@ -236,7 +239,7 @@ class LinearizedNetwork:
 
     def _input(self, x: Any) -> tuple[Tensor, bool]:
         """Packed inputs, and whether results must carry a graph to them."""
-        packed = self.pack(x)
+        packed = _ordinary(self.pack(x))
         keep = torch.is_grad_enabled() and packed.requires_grad
         return (packed if keep else packed.detach()), keep
 
@@ -273,7 +276,7 @@ class LinearizedNetwork:
         """
         packed, keep = self._input(x)
         self._expect(u, "u", (len(packed), self.num_outputs))
-        many = u.reshape(-1, len(packed), self.num_outputs)
+        many = _ordinary(u).reshape(-1, len(packed), self.num_outputs)
         keep = keep or (torch.is_grad_enabled() and u.requires_grad)
         many = many if keep else many.detach()
         total = torch.zeros(len(many), self.num_parameters, dtype=self.dtype, device=packed.device)
@@ -321,11 +324,17 @@ class LinearizedNetwork:
         if isinstance(x, Factors):
             return Side(x.x, x.outputs, x)
         packed = self.pack(x)
-        if outputs is not None and (outputs.shape != packed.shape[:1] or outputs.is_floating_point()):
-            raise ValueError(
-                f"outputs: expected one index per input, shape ({len(packed)},), got {tuple(outputs.shape)}"
-            )
+        if outputs is not None:
+            if not isinstance(outputs, Tensor) or outputs.shape != packed.shape[:1] or outputs.is_floating_point():
+                came = tuple(outputs.shape) if isinstance(outputs, Tensor) else type(outputs).__name__
+                raise ValueError(f"outputs: expected one index per input, shape ({len(packed)},), got {came}")
+            outputs = outputs if outputs.dtype == torch.bool else outputs.to(packed.device, torch.long)
         return Side(packed, outputs)
+
+    @staticmethod
+    def _check_products(dtype: torch.dtype) -> None:
+        if dtype not in (torch.float64, torch.float32):
+            raise ValueError(f"dtype: expected torch.float64 or torch.float32, got {dtype!r}")
 
     def grams(
         self,
@@ -354,6 +363,7 @@ class LinearizedNetwork:
         :meth:`explain` prints, at most N1·N2·C²·P (half of it if symmetric). `Novak et al. 2022
         <https://arxiv.org/abs/2206.08720>`_.
         """
+        self._check_products(dtype)
         left, right = self._side(x1), None if x2 is None else self._side(x2)
         if left.needs_graph or (right is not None and right.needs_graph):
             totals = self.engine.graph(left, right, dtype)
@@ -378,6 +388,9 @@ class LinearizedNetwork:
 
         Cost: as :meth:`grams`, with one N1·C × N2·C result.
         """
+        if not isinstance(variance, Tensor) or variance.shape != (len(self.groups),):
+            came = tuple(variance.shape) if isinstance(variance, Tensor) else type(variance).__name__
+            raise ValueError(f"variance: expected shape ({len(self.groups)},), got {came}")
         left, right = self._side(x1), None if x2 is None else self._side(x2)
         if left.needs_graph or (right is not None and right.needs_graph):
             totals = self.engine.graph(left, right, torch.float64)
@@ -397,7 +410,7 @@ class LinearizedNetwork:
         Jacobian rows, C·O·I.
         """
         side = self._side(x, outputs)
-        return self.engine.factors(side.x.detach(), outputs, parse_memory(max_memory))
+        return self.engine.factors(side.x.detach(), side.outputs, parse_memory(max_memory))
 
     def factors_memory(self, num_rows: int) -> int:
         """Smallest budget of :meth:`factors` for so many inputs: they, and one input at a time on the way."""
@@ -422,15 +435,18 @@ class LinearizedNetwork:
 
         Cost: as :meth:`grams`; G·(N·C)²/2 stored numbers.
         """
-        return products.symmetric_grams(self, self._side(x), max_memory, progress, storage, dtype, directory)
+        side = self._side(x)
+        side = Side(side.x.detach(), side.outputs, side.factors)
+        return products.symmetric_grams(self, side, max_memory, progress, storage, dtype, directory)
 
     def features(self, x: Any, v: Tensor, max_memory: str | int | float = "2GiB", per_group: bool = False) -> Tensor:
         r"""Features :math:`\varphi(x) = J(x) V` of K directions, from the layers' activations and cotangents.
 
         :param v: shape (K, P).
         :param per_group: keep the groups apart: :math:`J_g(x) V_g`, so that a precision may be put on each later.
+        :param max_memory: budget for the result and everything held on the way.
         :return: shape (N, C, K), or (G, N, C, K), in the network's dtype; no graph is kept.
-        :raises ValueError: another shape of v.
+        :raises ValueError: another shape of v, or a budget that cannot hold the result; the message gives the smallest.
 
         Cost: the passes of a Gram and, per layer and input, the cheaper of 2·T·K·O·(I + C) and 2·C·O·I·(T + K) flops;
         :meth:`jvp` takes 2·K forward passes.
@@ -448,8 +464,10 @@ class LinearizedNetwork:
 
         >>> net = torch.nn.Sequential(torch.nn.Linear(3, 8), torch.nn.Tanh(), torch.nn.Linear(8, 2))
         >>> print(LinearizedNetwork(net, torch.randn(2, 3), groups="single").explain(100))
-        parameters          group  T  I  O  way      Gflop     of all ways                     kept per input
-        0.weight, 0.bias    all    1  3  8  product  0.00081   rows 0.00129, product 0.000402  ...
+        parameters        group  T  I  O  way      Gflop     of all ways                      kept per input
+        0.weight, 0.bias  all    1  3  8  product  0.000404  rows 0.00131, product 0.000404   80 B
+        2.weight, 2.bias  all    1  8  2  product  0.000212  rows 0.000734, product 0.000212  52 B
+        Gram block 100·2 x 100·2, symmetric: passes 1.44e-05 Gflop, all 0.00063 Gflop
         """
         return explain(self, n1, n2)
 
@@ -468,7 +486,11 @@ class LinearizedNetwork:
         Cost: the passes and, per layer and row, C²·O + I flops where it is applied once, else C²·O·I at most; no N × N
         block is formed. Differentiable with respect to inputs.
         """
+        self._check_products(dtype)
         left, right = self._side(x), None if x2 is None else self._side(x2)
+        for name, side in (("x", left), ("x2", right)):
+            if side is not None and side.outputs is not None:
+                raise ValueError(f"{name}: expected inputs or factors of all outputs, got factors of chosen outputs")
         c, n = self.num_outputs, len(left)
         if left.needs_graph or (right is not None and right.needs_graph):
             return products.stack(self.engine.pointwise_graph(left, right, dtype), (n, c, c), left.x, dtype)
@@ -485,6 +507,12 @@ class LinearizedNetwork:
             f"output_shape={tuple(self.output_shape)}, dtype={str(self.dtype).removeprefix('torch.')}, "
             f"groups={list(self.groups.names)})"
         )
+
+
+def _ordinary(x: Tensor) -> Tensor:
+    """The tensor, or a copy of one that was made in inference mode and cannot enter a graph."""
+    with torch.inference_mode(False):
+        return x.clone() if x.is_inference() else x
 
 
 def _another_row(leaf: Tensor) -> Tensor:

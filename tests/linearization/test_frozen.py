@@ -8,7 +8,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+import ntkgp
 from ntkgp.linearization.frozen import FrozenNetwork, pass_environment, pick_output, private_copy
+from tests import reference as ref
 
 
 def frozen(net: nn.Module, leaves: list[Tensor]) -> FrozenNetwork:
@@ -81,3 +83,31 @@ def test_activations_are_counted_per_row() -> None:
     counts = [frozen(net, [torch.ones(n, 3)]).activation_bytes([torch.ones(n, 3)]) for n in (1, 64)]
     assert counts[1] >= 4 * (100 + 100 + 2)
     assert counts[0] >= counts[1]
+
+
+class Bag(nn.Module):
+    """Sums of embeddings: torch has neither their forward mode nor their second derivative."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.bag, self.hidden, self.norm = nn.EmbeddingBag(10, 6, mode="sum"), nn.Linear(6, 5), nn.LayerNorm(5)
+        self.head = nn.Linear(5, 3)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.head(self.norm(self.hidden(self.bag(x))).tanh())
+
+
+def test_once_differentiable(caplog):
+    with ref.seeded(0):
+        net, x = Bag().double(), torch.randint(0, 10, (4, 3))
+        v, u = torch.randn(123, dtype=torch.float64), torch.randn(4, 3, dtype=torch.float64)
+    with caplog.at_level("WARNING", logger="ntkgp"):
+        lin = ntkgp.LinearizedNetwork(net, x)
+    assert [r.getMessage() for r in caplog.records] == [
+        "this network can be differentiated once only: jvp runs by rows of the Jacobian"
+    ]
+    j = ref.jacobian(net, x)
+    assert torch.allclose(lin.jvp(x, v), j @ v, rtol=1e-12, atol=1e-12)
+    assert torch.allclose(lin.vjp(x, u), torch.einsum("ncp,nc->p", j, u), rtol=1e-12, atol=1e-12)
+    gram = j.flatten(0, 1) @ j.flatten(0, 1).T
+    assert torch.allclose(lin.grams(x).sum(0), gram, rtol=1e-12, atol=1e-12)

@@ -52,6 +52,55 @@ def test_stopped_gradients_are_reported(caplog: pytest.LogCaptureFixture) -> Non
     assert caplog.text == ""
 
 
+class Padded(nn.Module):
+    """Whole numbers and float32 inside, and a padding row that is not zero."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.table = nn.Embedding(5, 4, padding_idx=1)
+        self.norm, self.head = nn.LayerNorm(4), nn.Linear(4, 2)
+        with torch.no_grad():
+            self.table.weight[1] = 3.0
+
+    def forward(self, x: Tensor) -> Tensor:
+        scale = nn.functional.one_hot(x[:, 0].long(), 4).float()
+        return self.head(self.norm(self.table(x.int()).mean(1) + scale.mean(1, keepdim=True)).tanh())
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_padding_rows_are_no_stopped_gradients(dtype: torch.dtype, caplog: pytest.LogCaptureFixture) -> None:
+    x = torch.tensor([[0, 1, 1], [2, 1, 3], [1, 1, 1]])
+    with seeded(0), caplog.at_level(logging.WARNING, logger="ntkgp"):
+        lin = ntkgp.LinearizedNetwork(Padded().to(dtype), x)
+    assert "differs from finite differences" not in caplog.text
+    assert lin.grams(x).isfinite().all()
+
+
+def test_single_precision_inside_is_no_error() -> None:
+    """``.float()`` in front of a layer, which the float64 copies of the network cannot take as it is."""
+
+    class Pixels(nn.Sequential):
+        def forward(self, x: Tensor) -> Tensor:
+            return super().forward(x.float() / 255)
+
+    with seeded(0):
+        net = Pixels(nn.Linear(3, 8), nn.LayerNorm(8), nn.Tanh(), nn.Linear(8, 2))
+    lin = ntkgp.LinearizedNetwork(net, torch.tensor([[0, 10, 200], [255, 3, 7]], dtype=torch.uint8))
+    assert lin.groups.names == ("0", "rest")
+    assert lin.groups.verify(torch.tensor([[0, 10, 200], [255, 3, 7]], dtype=torch.uint8))[0] < 1e-5
+
+
+def test_frequencies_do_not_scale_the_jacobian() -> None:
+    x = torch.tensor([[0, 0, 2], [3, 3, 3]])
+    with seeded(0):
+        plain = nn.Sequential(nn.Embedding(4, 3), nn.Flatten(), nn.Linear(9, 2)).double()
+    scaled = nn.Sequential(nn.Embedding(4, 3, scale_grad_by_freq=True), nn.Flatten(), nn.Linear(9, 2)).double()
+    scaled.load_state_dict(plain.state_dict())
+    grams = [ntkgp.LinearizedNetwork(net, x).grams(x) for net in (plain, scaled)]
+    assert torch.equal(*grams)
+    assert scaled[0].scale_grad_by_freq
+
+
 def test_curvature_travels_with_the_state_dict() -> None:
     lin, x = ntkgp.LinearizedNetwork(network(), inputs(4)), inputs(20)
     labels = torch.randint(0, 3, (20,), generator=torch.Generator().manual_seed(2))

@@ -15,14 +15,13 @@ from torch.autograd.graph import GradientEdge, get_gradient_edge
 from torch.utils._pytree import tree_leaves
 
 from ntkgp.linearization.frozen import FrozenNetwork
+from ntkgp.linearization.grams.moves import may_move
 from ntkgp.linearization.rules.registry import Rule, explicit_form, rule_of
 from ntkgp.linearization.rules.terms import Term, combine
 
 logger = logging.getLogger("ntkgp")
 
 LAYOUTS = ("first", "second", "minor")
-# What may move rows, or positions of different rows, to other places from one batch to the next.
-_MOVING = ("Index", "Gather", "Scatter", "Masked", "Sort", "Topk", "Take", "Put", "Flip", "Roll", "Unique", "Pack")
 
 # A place where a node of the graph reads a parameter.
 Read = tuple[Any, int]
@@ -66,20 +65,19 @@ class Record:
 
     :param output: f, shape (N, C), with its graph.
     :param reads: where each parameter enters the graph, by name.
-    :param nodes: how often each kind of node occurs in the graph.
+    :param structure: tells graphs apart: how often each kind of node occurs, by the shapes of what it returned.
+    :param moves_rows: the graph may hold rows in another order inside, by the values of the data.
+    :param coarsest: of the dtypes in the graph.
     :param spoiled: parameters of layers that their rules do not describe here.
     """
 
     output: Tensor
     calls: list[Call] = field(default_factory=list)
     reads: dict[str, set[Read]] = field(default_factory=dict)
-    nodes: Counter[str] = field(default_factory=Counter)
+    structure: frozenset[Any] = frozenset()
+    moves_rows: bool = False
+    coarsest: torch.dtype = torch.float64
     spoiled: set[str] = field(default_factory=set)
-
-    @property
-    def moves_rows(self) -> bool:
-        """Whether rows may be in another order inside, by a look at the kinds of nodes."""
-        return any(part in kind for kind in self.nodes for part in _MOVING)
 
     def described(self) -> set[str]:
         """Parameters that are read by calls of their sites only."""
@@ -160,17 +158,23 @@ class Sites:
 
     def inspect(self, record: Record) -> None:
         """Note where parameters are read in the graph of the output, and what else it consists of."""
-        record.reads, record.nodes = self._walk(record.output.grad_fn, [])
+        record.reads, nodes = self._walk(record.output.grad_fn, [])
+        n = len(record.output)
+        kinds = Counter((node.name(), *(tuple(m.shape) for m in node._input_metadata)) for node in nodes)
+        record.structure = frozenset([(n, 0), *kinds.items()])
+        dtypes = {m.dtype for node in nodes for m in node._input_metadata if m.dtype.is_floating_point}
+        record.coarsest = max(dtypes, key=lambda dtype: torch.finfo(dtype).eps, default=record.coarsest)
+        record.moves_rows = n > 1 and any(may_move(node, n) for node in nodes)
 
-    def _walk(self, root: Any, ends: Sequence[Any]) -> tuple[dict[str, set[Read]], Counter[str]]:
-        """Reads of parameters in the graph from a node down to other nodes, and the kinds of nodes on the way."""
+    def _walk(self, root: Any, ends: Sequence[Any]) -> tuple[dict[str, set[Read]], list[Any]]:
+        """Reads of parameters in the graph from a node down to other nodes, and the nodes on the way."""
         reads: dict[str, set[Read]] = defaultdict(set)
         seen = {*ends, root}
-        nodes: Counter[str] = Counter()
+        nodes: list[Any] = []
         pending = [root] if root is not None and root not in ends else []
         while pending:
             node = pending.pop()
-            nodes[node.name()] += 1
+            nodes.append(node)
             for i, (child, _) in enumerate(node.next_functions):
                 if child is None:
                     continue
@@ -273,7 +277,7 @@ def misplaced(
         scale = weights.repeat_interleave(len(rows) // num_rows).view(-1, *[1] * (rows.dim() - 1)).to(rows)
         expected = sum(m * g.detach() for m, g in zip(mixture.to(rows), gradients[i], strict=True))
         error = (rows - rows_first(expected, layout, num_rows) * scale).abs().max()
-        if not bool(error <= tolerance(rows.dtype) * rows.abs().max()):
+        if not bool(error <= tolerance(result.coarsest) * rows.abs().max()):
             found.update(call.site.names.values())
     return found
 

@@ -74,12 +74,15 @@ class Engine:
     def __init__(self, lin: LinearizedNetwork) -> None:
         self._lin = lin
         self.plan = Plan(lin)
+        # Choosing takes longer than a small Gram. What has been chosen holds for one state of the plan.
+        self._chosen: dict[tuple[Block, str | None, int, int], tuple[Slot, ...]] = {}
 
     def _again(self, compute: Callable[[], S]) -> S:
         """Run, and run again without the rules of parameters that turn out not to go by them."""
         while True:
             try:
-                return compute()
+                with torch.autocast(self._lin.frozen.device.type, enabled=False):
+                    return compute()
             except Deviation as deviation:
                 self.plan.distrust(deviation.names)
 
@@ -96,14 +99,17 @@ class Engine:
 
         Rows are then formed a slice at a time, which is cheap, and memory that is never touched is cheaper still.
         """
-        dense: set[str] = set()
-        for slot in arrange(self._lin, self.plan, set()):
-            if slot.factored and self.way(slot, block, force) == "rows":
-                shape = self.plan.shapes[slot.names[0]]
-                k = min(block.k1, block.k2)
-                if shape.kind == "outer" and k * shape.columns <= shape.kept[0] + k * shape.kept[1]:
-                    dense.update(slot.names)
-        return arrange(self._lin, self.plan, dense)
+        key = block, force, len(self.plan.shapes), id(self._lin.groups)
+        if key not in self._chosen:
+            dense: set[str] = set()
+            for slot in arrange(self._lin, self.plan, set()):
+                if slot.factored and self.way(slot, block, force) == "rows":
+                    shape = self.plan.shapes[slot.names[0]]
+                    k = min(block.k1, block.k2)
+                    if shape.kind == "outer" and k * shape.columns <= shape.kept[0] + k * shape.kept[1]:
+                        dense.update(slot.names)
+            self._chosen[key] = arrange(self._lin, self.plan, dense)
+        return self._chosen[key]
 
     def kept_slots(self, factors: Factors) -> tuple[Slot, ...]:
         """The slots of factors that were kept before.
@@ -145,6 +151,10 @@ class Engine:
                 f"the smallest possible is {format_memory(smallest)}"
             )
         return build(lin, self.plan, x, slots, budget - kept, outputs)
+
+    def factors_like(self, x: Tensor, kept: Factors, budget: int) -> Factors:
+        """Factors of all rows of x in the forms of others, so that products of the two need no change of form."""
+        return self._again(lambda: build(self._lin, self.plan, x, self.kept_slots(kept), budget))
 
     def factors_memory(self, num_rows: int) -> int:
         """Smallest budget of `factors`."""
@@ -252,7 +262,19 @@ class Engine:
         """Write the blocks J_n J'_nᵀ of each group to out (G, N, C, C)."""
         if right is not None and len(left) != len(right):
             raise ValueError(f"x2: expected one input for each of the {len(left)} of x, got {len(right)}")
+        a = left.factors
+        b = a if right is None else right.factors
+        if a is not None and b is not None:
+            self._add_pointwise(a, b, budget, out.zero_())
+            return
         self._again(lambda: self._pointwise(left.x, None if right is None else right.x, budget, out))
+
+    def _add_pointwise(self, a: Factors, b: Factors, budget: int, out: Tensor) -> None:
+        """Add the blocks of all slots to out (G, N, C, C)."""
+        for slot, left, right in pairs(self._lin, a, b):
+            shape = self.plan.shapes.get(slot.names[0])
+            short = slot.factored and shape is not None and _positions_pay(shape, out.shape[-1])
+            out[slot.group] += pointwise(left, right, out.dtype, short, _workspace(budget))
 
     def _pointwise(self, x1: Tensor, x2: Tensor | None, budget: int, out: Tensor) -> None:
         lin, k = self._lin, self._lin.num_outputs
@@ -266,10 +288,7 @@ class Engine:
             rows = slice(start, min(start + step, len(x1)))
             a = build(lin, self.plan, x1[rows], slots, budget - workspace)
             b = a if x2 is None else build(lin, self.plan, x2[rows], slots, budget - workspace)
-            for slot, left, right in zip(slots, a.terms, b.terms, strict=True):
-                shape = self.plan.shapes.get(slot.names[0])
-                short = slot.factored and shape is not None and _positions_pay(shape, k)
-                out[slot.group, rows] += pointwise(left, right, out.dtype, short, workspace)
+            self._add_pointwise(a, b, budget, out[:, rows])
 
 
 def _single(term: Term) -> TypeGuard[Outer]:
@@ -303,11 +322,17 @@ class _Blocks:
         rows = len(left) * (left.factors is None) + len(other) * (right is not None and other.factors is None)
         self._slots = engine.kept_slots(given[0]) if given else engine.slots(sizes, force)
         kept = kept_bytes(lin, plan, self._slots, max(k1, k2))
+        # What is kept is not counted, but it is unfolded and cast as well: it is cut where that would not fit.
+        unfolded = max(engine.transient_bytes(factors.slots, max(k1, k2)) for factors in given) if given else 0
         per_row = kept + engine.transient_bytes(self._slots, max(k1, k2))
-        whole = rows * per_row + passes <= rest
+        spread = unfolded * sum(len(factors) for factors in given)
+        whole = rows * per_row + spread + passes <= rest
         self.smallest = _LEAST_WORKSPACE + passes + 2 * per_row + 24 * len(other) * k1 * k2
         step = max(1, (rest - passes) // (2 * per_row))
-        steps = [len(side) if whole or side.factors is not None else step for side in (left, other)]
+        steps = [
+            len(side) if whole else step if side.factors is None else max(1, (rest - passes) // max(1, 2 * unfolded))
+            for side in (left, other)
+        ]
         held = rows if whole else 2 * min(step, max(len(left), len(other)))
         self._passes = max(passes, rest - held * per_row)
         self._rows, self._columns = _cut(len(left), steps[0]), _cut(len(other), steps[1])
@@ -328,6 +353,12 @@ class _Blocks:
         return build(engine._lin, engine.plan, side.x[rows], self._slots, self._passes, outputs)
 
     def __iter__(self) -> Iterator[tuple[slice, Factors, slice, Factors]]:
+        if self._right is not None and self._left.factors is not None and self._right.factors is None:
+            for columns in self._columns:
+                b = self._block(self._right, columns)
+                for rows in self._rows:
+                    yield rows, self._left.factors.block(rows), columns, b
+            return
         other = self._left if self._right is None else self._right
         held: tuple[slice, Factors] | None = None
         for i, rows in enumerate(self._rows):

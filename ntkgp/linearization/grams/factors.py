@@ -168,7 +168,7 @@ def build(
     rows = max(1, min(budget, max(_PASS_BYTES, pass_bytes(lin, plan, k))) // pass_bytes(lin, plan, k))
     store = _Store(lin, slots, len(x), k)
     # Inference mode records no graph, and its tensors cannot enter one.
-    with torch.inference_mode(False), pass_environment(x.device), second_order(*([x] if keep_graph else [])):
+    with pass_environment(x.device), second_order(*([x] if keep_graph else [])):
         x = x.clone() if x.is_inference() else x
         for start in range(0, len(x), rows):
             chosen = None if outputs is None else outputs[start : start + rows]
@@ -247,7 +247,10 @@ def _visit(
             cotangents = _cotangents(result.output, outputs, part)
             gradients = pull_back(result, calls, cotangents, keep_graph=keep_graph, batched=batched)
             if first == 0 and plan.doubts(result):
-                trusted -= misplaced(result, calls, cotangents, gradients, plan.layouts)
+                moved = misplaced(result, calls, cotangents, gradients, plan.layouts)
+                trusted -= moved
+                if not moved:
+                    plan.checked(result)
             found = terms_of(calls, gradients, plan.layouts, n)
             terms = {name: term for name, term in found.items() if name in trusted}
         # Slots of factors that were kept before may hold parameters that have been given up since.

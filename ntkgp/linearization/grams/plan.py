@@ -6,7 +6,7 @@ import logging
 import math
 from collections import Counter
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -100,13 +100,12 @@ class Plan:
         self.merges: set[tuple[str, str]] = set()
         self.batched = False
         self.output_bytes = lin.activation_bytes
-        self._nodes: Counter[str] = Counter()
+        self._checked: set[frozenset[Any]] = set()
         self._chained: set[str] = set()
         self._sites: dict[torch.device, Sites] = {}
-        leaves = lin.packing.leaves(lin._probe_rows[:2])
-        with torch.inference_mode(False), pass_environment(leaves[0].device):
+        with pass_environment(lin._probe_rows.device):
             try:
-                self._probe(leaves)
+                self._probe(lin.packing.leaves(lin._probe_rows[:2]))
             except (RuntimeError, TypeError, ValueError, NotImplementedError, IndexError) as reason:
                 logger.warning("no layer of this network goes by a rule (%s): per-sample gradients are formed", reason)
                 self.layouts, self.shapes, self.known = {}, {}, {}
@@ -140,7 +139,11 @@ class Plan:
 
     def doubts(self, result: Record) -> bool:
         """Whether rows may be in other places than they were when the rules were checked."""
-        return result.moves_rows or result.nodes != self._nodes
+        return result.moves_rows or result.structure not in self._checked
+
+    def checked(self, result: Record) -> None:
+        """Rows were seen to be in their places: nothing but the data can move them in a graph of this structure."""
+        self._checked.add(result.structure)
 
     def distrust(self, names: set[str]) -> None:
         """Leave parameters to the fallback from now on: the network treats them otherwise for other inputs."""
@@ -154,7 +157,7 @@ class Plan:
         if not sites.all:
             return
         result = record(self.frozen, sites, leaves, keep_graph=False)
-        self._nodes = result.nodes
+        self.checked(result)
         described = result.described()
         generator = torch.Generator().manual_seed(0)
         cotangents = torch.randn(2, *result.output.shape, generator=generator, dtype=torch.float64)

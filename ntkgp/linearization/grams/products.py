@@ -38,8 +38,6 @@ def weighted_gram(
     lin: LinearizedNetwork, left: Side, right: Side | None, variance: Tensor, max_memory: str | int | float
 ) -> Tensor:
     """See :meth:`ntkgp.LinearizedNetwork.weighted_gram`."""
-    if variance.shape != (len(lin.groups),):
-        raise ValueError(f"variance: expected shape ({len(lin.groups)},), got {tuple(variance.shape)}")
     weights = variance.detach().to(torch.float64).tolist()
     n1 = len(left) * left.num_outputs(lin)
     n2 = n1 if right is None else len(right) * right.num_outputs(lin)

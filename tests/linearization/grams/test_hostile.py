@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import threading
 from collections.abc import Callable
 from typing import Any
 
@@ -18,6 +19,7 @@ from ntkgp.linearization.grams import factors
 from tests import reference as ref
 from tests.linearization.grams.helper import (
     DOUBLE,
+    NETS,
     TOLERANCE,
     Net,
     apart,
@@ -305,6 +307,106 @@ def positions_by_table() -> Hostile:
     return net, noise(0, 2, 2, 3), [noise(1, 4, 2, 3), noise(2, 2, 2, 3)], {"table.weight"}
 
 
+# --- rows moved by other means than an index: the example is in order, other inputs are not
+
+
+def ordered(move: Callable[[Tensor, Tensor], Tensor]) -> Hostile:
+    """Rows are sorted before the second layer and put back behind it."""
+
+    def forward(net: Net, x: Tensor) -> Tensor:
+        order = x[:, 0].argsort()
+        return net.head(move(net.b(move(net.a(x), order).tanh()), order.argsort()).tanh())
+
+    net, example, inputs, _ = standard(forward)
+    return net, example[example[:, 0].argsort()], inputs, both("b")
+
+
+@case
+def sorted_by_a_matrix() -> Hostile:
+    return ordered(lambda h, order: F.one_hot(order, len(h)).to(h) @ h)
+
+
+@case
+def sorted_by_sums() -> Hostile:
+    return ordered(lambda h, order: (F.one_hot(order, len(h)).to(h)[..., None] * h).sum(1))
+
+
+@case
+def sorted_by_a_convolution() -> Hostile:
+    return ordered(lambda h, order: F.conv1d(h[None], F.one_hot(order, len(h)).to(h)[..., None])[0])
+
+
+@case
+def sorted_by_a_table() -> Hostile:
+    return ordered(lambda h, order: F.embedding(order, h))
+
+
+@case
+def sorted_by_pieces() -> Hostile:
+    return ordered(lambda h, order: torch.stack([h.select(0, int(i)) for i in order]))
+
+
+@case
+def sorted_by_a_function() -> Hostile:
+    class Permute(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx: Any, h: Tensor, order: Tensor) -> Tensor:
+            ctx.save_for_backward(order)
+            return h[order]
+
+        @staticmethod
+        def backward(ctx: Any, *g: Tensor) -> tuple[Tensor, None]:
+            return torch.empty_like(g[0]).index_copy(0, ctx.saved_tensors[0], g[0]), None
+
+    return ordered(Permute.apply)
+
+
+@case
+def rotated() -> Hostile:
+    def turn(h: Tensor, k: int) -> Tensor:
+        return torch.cat([h.narrow(0, k, len(h) - k), h.narrow(0, 0, k)])
+
+    def forward(net: Net, x: Tensor) -> Tensor:
+        k = int(10 * x[0, 0].abs()) % len(x)
+        return net.head(turn(net.b(turn(net.a(x), k).tanh()), len(x) - k).tanh())
+
+    net, example, inputs, _ = standard(forward)
+    example[0, 0], inputs[0][0, 0] = 0.01, 0.25
+    return net, example, inputs[:1], both("b")
+
+
+@case
+def experts_by_matrices() -> Hostile:
+    """Rows go to places in each expert's buffer; the example sends all to the first expert."""
+
+    def forward(net: Net, x: Tensor) -> Tensor:
+        chosen = F.one_hot((x[:, 0] > 0).long(), 2).to(x)
+        place = ((chosen.cumsum(0) - 1) * chosen).sum(1).long()
+        dispatch = torch.einsum("ne,nc->nec", chosen, F.one_hot(place, len(x)).to(x))
+        buffers = torch.einsum("nec,nd->ecd", dispatch, net.a(x))
+        out = torch.stack([net.b(buffers[0]).tanh(), net.c(buffers[1]).tanh()])
+        return net.head(torch.einsum("nec,ecd->nd", dispatch, out))
+
+    net, example, inputs, _ = standard(forward, c=linear(4, 4))
+    example[:, 0] = 1
+    return net, example, inputs, None
+
+
+@case
+def interleaved_halves() -> Hostile:
+    """For two rows nothing is moved, for more it is, by the same operations."""
+
+    def forward(net: Net, x: Tensor) -> Tensor:
+        n, h = len(x), net.a(x)
+        if n % 2:
+            return net.head(net.b(h.tanh()).tanh())
+        h = net.b(h.view(2, n // 2, 4).transpose(0, 1).reshape(n, 4).tanh())
+        return net.head(h.view(n // 2, 2, 4).transpose(0, 1).reshape(n, 4).tanh())
+
+    net, *_ = standard(forward)
+    return net, noise(0, 2, 3), [noise(1, 6, 3)], both("b")
+
+
 # --- gradients that vanish at the example
 
 
@@ -569,3 +671,103 @@ def test_automatic_casts() -> None:
     found, expected = lin.grams(x), dense(lin, per_row(net, x))
     assert error(found, expected) < 3e-2
     assert all(len(part) for part in apart(lin, per_row(net, x)))
+
+
+@pytest.mark.parametrize("single", [False, True])
+@pytest.mark.parametrize(
+    "context", [torch.inference_mode, torch.no_grad, lambda: torch.autocast("cpu", torch.bfloat16)],
+    ids=["inference", "no_grad", "autocast"],
+)  # fmt: skip
+def test_what_is_switched_on_outside_does_not_matter(context: Callable[[], Any], single: bool) -> None:
+    for build, inputs in NETS.values():
+        net, x, z = build(), inputs(1, 5), inputs(2, 3)
+        if single:
+            net, x, z = net.float(), *(t.float() if t.is_floating_point() else t for t in (x, z))
+        lin = ntkgp.LinearizedNetwork(net, x[:2])
+        v, variance = noise(3, 2, lin.num_parameters).to(lin.dtype), torch.ones(len(lin.groups))
+
+        def everything(lin: ntkgp.LinearizedNetwork, x: Tensor, z: Tensor, v: Tensor, w: Tensor) -> list[Tensor]:
+            kept = lin.factors(x)
+            return [lin.grams(x), lin.grams(z, kept), lin.weighted_gram(x, z, w), lin.gram_diagonals(x),
+                    lin.features(x, v), lin.symmetric_grams(x).dense(0), lin.grams(x, dtype=torch.float32), lin(x),
+                    lin.jvp(x, v[0]), lin.jacobian(x)]  # fmt: skip
+
+        expected = everything(lin, x, z, v, variance)
+        with context():
+            inside = [t.clone() for t in (x, z, v, variance)]
+            for found in (everything(lin, *inside), everything(ntkgp.LinearizedNetwork(net, inside[0][:2]), *inside)):
+                for a, b in zip(found, expected, strict=True):
+                    assert a.dtype == b.dtype
+                    assert error(a, b) < (1e-6 if b.dtype == torch.float32 else 1e-12)
+
+
+def test_several_threads() -> None:
+    build, inputs = NETS["words"]
+    net = build()
+    lin = ntkgp.LinearizedNetwork(net, inputs(0, 2))
+    wanted = {n: dense(lin, ref.jacobian(net, inputs(n, n))) for n in (3, 4, 5)}
+    found: list[float | Exception] = []
+
+    def work(n: int) -> None:
+        try:
+            found.extend(error(lin.grams(inputs(n, n)), wanted[n]) for _ in range(8))
+        except Exception as reason:
+            found.append(reason)
+
+    threads = [threading.Thread(target=work, args=(n,)) for n in wanted]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(found) == 24
+    assert max(found) < TOLERANCE
+    assert set(lin.engine.plan.shapes) == set(lin.frozen.theta) - {"position"}
+
+
+def test_rules_stay_where_a_network_computes_in_lower_precision() -> None:
+    """Rounding inside is no sign of rows in other places."""
+
+    def forward(net: Net, x: Tensor) -> Tensor:
+        return net.head(net.b(net.a(x).float().sin().double()).tanh()[torch.arange(len(x))])
+
+    with ref.seeded(0):
+        net, *_ = standard(forward)
+    lin, x = ntkgp.LinearizedNetwork(net, noise(0, 2, 3)), noise(1, 40, 3)
+    assert error(lin.grams(x), dense(lin, ref.jacobian(net, x))) < 1e-6
+    assert set(lin.engine.plan.shapes) == set(lin.frozen.theta)
+
+
+def test_symmetric_grams_keep_no_graph() -> None:
+    with ref.seeded(0):
+        net = nn.Sequential(linear(3, 4), nn.PReLU(dtype=DOUBLE), linear(4, 2))
+    lin = ntkgp.LinearizedNetwork(net, noise(0, 2, 3))
+    stack = lin.symmetric_grams(noise(1, 5, 3).requires_grad_())
+    assert not stack.dense(0).requires_grad
+
+
+@pytest.mark.parametrize("dtype", [torch.int32, torch.uint8, torch.int64])
+def test_chosen_outputs_of_any_integer_type(dtype: torch.dtype) -> None:
+    build, inputs = NETS["mlp"]
+    net, x = build(), inputs(1, 6)
+    lin, chosen = ntkgp.LinearizedNetwork(net, inputs(0, 2)), torch.tensor([2, 2, 0, 1, 0, 2])
+    j = ref.jacobian(net, x)[torch.arange(6), chosen].unsqueeze(1)
+    kept = lin.factors(x, outputs=chosen.to(dtype))
+    assert error(lin.grams(kept), dense(lin, j)) < TOLERANCE
+    assert error(lin.symmetric_grams(kept).weighted_sum(torch.ones(len(lin.groups))), dense(lin, j).sum(0)) < TOLERANCE
+    with pytest.raises(ValueError, match="x: expected inputs or factors of all outputs"):
+        lin.gram_diagonals(kept)
+
+
+def test_more_wrong_arguments_are_named() -> None:
+    build, inputs = NETS["mlp"]
+    lin, x = ntkgp.LinearizedNetwork(build(), inputs(0, 2)), inputs(1, 4)
+    for dtype in (torch.float16, torch.bfloat16, torch.int32, torch.complex64, "float64", None):
+        for call in (lin.grams, lin.gram_diagonals):
+            with pytest.raises(ValueError, match=r"dtype: expected torch.float64 or torch.float32, got"):
+                call(x, dtype=dtype)
+    with pytest.raises(ValueError, match=r"outputs: expected one index per input, shape \(4,\), got list"):
+        lin.factors(x, outputs=[0, 1, 2, 0])
+    for variance in (torch.ones(3, 1), torch.ones(2), [1.0, 1.0, 1.0]):
+        for z in (x, x.clone().requires_grad_()):
+            with pytest.raises(ValueError, match=r"variance: expected shape \(3,\), got"):
+                lin.weighted_gram(z, None, variance)
