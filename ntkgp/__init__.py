@@ -4,13 +4,15 @@ from ntkgp import kernels, likelihoods, means
 from ntkgp.evidence import fit_evidence
 from ntkgp.likelihoods import CategoricalLikelihood
 from ntkgp.linearization import LinearizedNetwork, ParameterGroups
-from ntkgp.models import ExactNTKGP, from_network
+from ntkgp.models import ExactNTKGP, NystromNTKGP, VariationalNTKGP, from_network
 
 __all__ = [
     "CategoricalLikelihood",
     "ExactNTKGP",
     "LinearizedNetwork",
+    "NystromNTKGP",
     "ParameterGroups",
+    "VariationalNTKGP",
     "fit_evidence",
     "from_network",
     "kernels",

@@ -17,9 +17,13 @@ except ImportError as error:  # pragma: no cover - exercised in an environment w
 from ntkgp.models.conditioned import ConditionedNTKGP
 from ntkgp.models.exact import ExactNTKGP
 from ntkgp.models.noise import has_fixed_noise, learned_on_fixed
+from ntkgp.models.nystrom import NystromNTKGP
+from ntkgp.models.variational import VariationalNTKGP
 
 Model.register(ExactNTKGP)
 Model.register(ConditionedNTKGP)
+Model.register(NystromNTKGP)
+Model.register(VariationalNTKGP)
 
 
 def posterior(

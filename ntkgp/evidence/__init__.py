@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from ntkgp.evidence.ascent import Optimum
+from ntkgp.evidence.bounds import evidence_bounds
 from ntkgp.evidence.fit import fit_evidence, fit_problem
 from ntkgp.evidence.fixed_point import fixed_point
 from ntkgp.evidence.gradient import lbfgs
@@ -10,6 +11,9 @@ from ntkgp.evidence.newton import DualMode, dual_mode
 from ntkgp.evidence.objective import Evaluation, EvidenceObjective, evidence_objective
 from ntkgp.evidence.problem import GaussianEvidence, NoiseModel, SoftmaxEvidence
 from ntkgp.evidence.report import EvidenceReport
+from ntkgp.evidence.sampled import SampledEvidence, sampled_evidence
+from ntkgp.evidence.single_pass import OnePassEvidence, one_pass
+from ntkgp.evidence.streaming import StreamedEvidence, StreamStatistics
 
 __all__ = [
     "DualMode",
@@ -18,12 +22,19 @@ __all__ = [
     "EvidenceReport",
     "GaussianEvidence",
     "NoiseModel",
+    "OnePassEvidence",
     "Optimum",
+    "SampledEvidence",
     "SoftmaxEvidence",
+    "StreamStatistics",
+    "StreamedEvidence",
     "dual_mode",
+    "evidence_bounds",
     "evidence_objective",
     "fit_evidence",
     "fit_problem",
     "fixed_point",
     "lbfgs",
+    "one_pass",
+    "sampled_evidence",
 ]

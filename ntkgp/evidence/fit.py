@@ -14,8 +14,8 @@ from torch import Tensor
 from ntkgp.evidence.ascent import PRUNED_DIMENSION, Optimum
 from ntkgp.evidence.fixed_point import fixed_point
 from ntkgp.evidence.gradient import lbfgs
-from ntkgp.evidence.objective import EvidenceObjective, MapObjective, SoftmaxObjective, evidence_objective
-from ntkgp.evidence.problem import GaussianEvidence, Problem, SoftmaxEvidence
+from ntkgp.evidence.objective import EvidenceObjective, MapObjective, evidence_objective
+from ntkgp.evidence.problem import AnyProblem, GaussianEvidence, SoftmaxEvidence
 from ntkgp.evidence.report import EvidenceReport
 
 _METHODS: dict[str, Callable[..., Optimum]] = {"mackay": fixed_point, "lbfgs": lbfgs}
@@ -28,7 +28,7 @@ _STORED_TOLERANCE = 1e-4
 class EvidenceModel(Protocol):
     """What :func:`fit_evidence` needs of a model."""
 
-    def evidence_problem(self, *, at: str, curvature: str, targets: str) -> Problem:
+    def evidence_problem(self, *, at: str, curvature: str, targets: str) -> AnyProblem:
         """Build the problem from training data, kernel and likelihood."""
 
     def set_hyperparameters(self, precision: Tensor, noise: Tensor | None) -> tuple[Tensor, Tensor | None]:
@@ -66,8 +66,9 @@ def fit_evidence(
     with theta_star the mode of the tangent model. At `theta_map` it is the classical Laplace evidence, the same
     expression at the trained weights. Only per-group Grams are used; no network pass is made after they are built.
 
-    :param model: an exact model (:class:`ntkgp.ExactNTKGP`), or anything with its `evidence_problem` and
-        `set_hyperparameters`.
+    :param model: :class:`ntkgp.ExactNTKGP`; a :class:`~ntkgp.models.nystrom.NystromNTKGP` or what
+        :func:`~ntkgp.evidence.one_pass` returns, whose evidence is a bound (the report has bounds of the exact one); or
+        anything with its `evidence_problem` and `set_hyperparameters`.
     :param method: "mackay" (accelerated fixed point, default) or "lbfgs" (L-BFGS-B); both find the same optimum.
     :param at: "theta_star" (default) or "theta_map".
     :param curvature: classification only: "simple" (true loss, H at the trained weights, default), "quadratic"
@@ -84,7 +85,7 @@ def fit_evidence(
 
     Cost: for one group a single eigendecomposition and O(N C) per evaluation; otherwise (N C)^3 + O(G (N C)^2) per
     evaluation (typically 10-50), memory 4 (N C)^2 besides the Grams; classification adds one or two Cholesky
-    factorisations per evaluation and needs 7 (N C)^2.
+    factorisations per evaluation and needs 7 (N C)^2. Streamed sums over R features: O(R^2 K), whatever N.
 
     >>> import torch
     >>> from ntkgp.evidence import GaussianEvidence, NoiseModel
@@ -112,7 +113,7 @@ def fit_evidence(
 
 
 def fit_problem(
-    problem: Problem,
+    problem: AnyProblem,
     method: str = "mackay",
     at: str = "theta_star",
     max_evaluations: int = 500,
@@ -164,7 +165,7 @@ def _check_arguments(method: str, at: str, curvature: str, targets: str, held_ou
 
 
 def _maximise(
-    problem: Problem,
+    problem: AnyProblem,
     method: str,
     at: str,
     max_evaluations: int,
@@ -175,13 +176,13 @@ def _maximise(
     """Run the optimiser, with the outer loop of the curvature where it is not frozen."""
     optimise = _METHODS[method]
     objective = evidence_objective(problem, at, bounds)
-    if isinstance(objective, SoftmaxObjective) and objective.problem.variant == "full":
+    if objective.refreezes:
         return _maximise_full(objective, optimise, max_evaluations, tolerance, progress)
     return _Fit(objective, optimise(objective, tolerance=tolerance, max_evaluations=max_evaluations, progress=progress))
 
 
 def _maximise_full(
-    objective: SoftmaxObjective,
+    objective: Any,
     optimise: Callable[..., Optimum],
     max_evaluations: int,
     tolerance: float,
@@ -189,10 +190,10 @@ def _maximise_full(
 ) -> _Fit:
     """Alternate between a converged fit at frozen curvature and the curvature at its theta_star.
 
-    The logits of the curvature move by a step that is halved whenever the change of the logits does not shrink.
+    The point of the curvature (logits, or weights in weight space) moves by a step that is halved whenever the change
+    of the logits does not shrink.
     """
-    problem, bounds = objective.problem, objective.bounds
-    logits, damping, previous = problem.logits, 1.0, math.inf
+    point, damping, previous = objective.curvature_point, 1.0, math.inf
     x: Tensor | None = None
     trace: list[float] = []
     used = 0
@@ -203,14 +204,14 @@ def _maximise_full(
         )
         used += found.evaluations
         x = found.x
-        target = objective.dual_mode(x).logits
-        change = float((target - logits).abs().max())
+        target = objective.mode_point(x)
+        change, size = objective.logit_change(target, point)
         if change >= previous:
             damping *= 0.5
         previous = change
-        logits = logits + damping * (target - logits)
-        settled = change <= _OUTER_TOLERANCE * (1.0 + float(target.abs().max()))
-        objective = SoftmaxObjective(problem, bounds, curvature_at=target if settled or found.notes else logits)
+        point = point + damping * (target - point)
+        settled = change <= _OUTER_TOLERANCE * (1.0 + size)
+        objective = objective.frozen_at(target if settled or found.notes else point)
         trace.append(objective(x).value)
         if settled or found.notes:
             notes = found.notes
@@ -246,7 +247,7 @@ def _report(fit: _Fit, method: str, at: str, seconds: float, extra: tuple[str, .
     star = objective.star if isinstance(objective, MapObjective) else objective
     squared_norms = star(x).squared_norms if isinstance(objective, MapObjective) else evaluation.squared_norms
     pruned = evaluation.effective_dimension < PRUNED_DIMENSION
-    shift = star.squared_shift(x) if problem.tangent_theta is not None else None
+    shift = star.squared_shift(x) if star.knows_shift else None
     precision, noise = objective.split(x)
     return EvidenceReport(
         log_evidence=evaluation.value,
@@ -256,12 +257,12 @@ def _report(fit: _Fit, method: str, at: str, seconds: float, extra: tuple[str, .
         effective_dimension=evaluation.effective_dimension,
         theta_star_norm=squared_norms.clamp_min(0.0).sqrt(),
         theta_shift=math.nan if shift is None else math.sqrt(shift[0] + float(shift[1].sum())),
-        residual_noise=_residual_noise(objective),
+        residual_noise=objective.residual_noise(),
         group_names=problem.group_names,
         group_sizes=problem.group_sizes,
         pruned=tuple(name for name, off in zip(problem.group_names, pruned.tolist(), strict=True) if off),
         jitter=evaluation.jitter,
-        eigenvalues_cut=objective.system.eigenvalues_cut,
+        eigenvalues_cut=objective.eigenvalues_cut,
         iterations=max(len(optimum.trace) - 1, 0),
         evaluations=optimum.evaluations,
         seconds=seconds,
@@ -269,18 +270,8 @@ def _report(fit: _Fit, method: str, at: str, seconds: float, extra: tuple[str, .
         method=method,
         at=at,
         warnings=(*optimum.notes, *extra, *_warnings(objective, optimum, pruned, shift)),
+        evidence_bounds=objective.evidence_bounds(x),
     )
-
-
-def _residual_noise(objective: EvidenceObjective) -> Tensor | None:
-    """Mean squared error of the network per noise component."""
-    problem = objective.problem
-    if not isinstance(problem, GaussianEvidence) or problem.tangent_theta is None:
-        return None
-    squares = problem.residual.square()
-    if not objective.num_noise:
-        return squares.mean().reshape(1)
-    return objective.noise.sum_per_component(squares) / objective.noise.sum_per_component(torch.ones_like(squares))
 
 
 def _warnings(
@@ -316,11 +307,11 @@ def _warnings(
         out.append(f"theta_star is only accurate to {evaluation.gap:.1e} in its optimality condition")
     if evaluation.jitter > 0:
         out.append(f"jitter {evaluation.jitter:.1e} was needed: the kernel matrix is numerically singular")
-    out.extend(_data_warnings(problem))
+    out.extend(objective.data_warnings())
     return tuple(out)
 
 
-def _shift_warning(problem: Problem, pruned: Tensor, shift: tuple[float, Tensor] | None) -> list[str]:
+def _shift_warning(problem: AnyProblem, pruned: Tensor, shift: tuple[float, Tensor] | None) -> list[str]:
     """Warn when the trained weights are farther out than a draw from the posterior, whose distance is about sqrt(P)."""
     if shift is None or not problem.group_sizes:
         return []
@@ -333,34 +324,3 @@ def _shift_warning(problem: Problem, pruned: Tensor, shift: tuple[float, Tensor]
         f"the trained weights are far from theta_star: {distance:.3g} in the posterior metric, where a posterior draw "
         f"is at {math.sqrt(parameters):.3g}; the classical evidence at the trained weights would mislead"
     ]
-
-
-def _data_warnings(problem: Problem) -> list[str]:
-    """Constant targets and repeated inputs."""
-    out: list[str] = []
-    if isinstance(problem, SoftmaxEvidence):
-        constant = problem.labels.numel() > 1 and problem.labels.unique().numel() == 1
-    else:
-        observed: Any = problem.observations
-        constant = observed is not None and observed.numel() > problem.outputs
-        constant = constant and not bool(observed.reshape(-1, problem.outputs).std(0).any())
-    if constant:
-        out.append("constant targets: all training targets are equal")
-    repeated = _repeated_inputs(problem)
-    if repeated:
-        out.append(f"{repeated} training inputs repeat another one (equal rows in every Gram)")
-    return out
-
-
-def _repeated_inputs(problem: Problem) -> int:
-    """Count inputs whose Jacobians equal those of an earlier input."""
-    traces = problem.stack.traces()
-    weights = torch.where(traces > 0, 1.0 / traces, torch.zeros_like(traces))
-    gram = problem.stack.weighted_sum(weights)
-    diagonal = gram.diagonal()
-    scale = diagonal[:, None] + diagonal
-    same = (scale - gram - gram.mT) <= 1e-10 * scale
-    points = problem.rows // problem.outputs
-    # Two inputs repeat when every output's Jacobian row does.
-    pairs = same.reshape(points, problem.outputs, points, problem.outputs).diagonal(dim1=1, dim2=3).all(-1)
-    return int(pairs.tril(-1).any(-1).sum())

@@ -25,8 +25,9 @@ import torch
 from torch import Tensor
 
 from ntkgp.evidence.blocks import apply_factor, apply_factor_transpose
+from ntkgp.evidence.checks import data_warnings
 from ntkgp.evidence.newton import DualMode, dual_mode
-from ntkgp.evidence.problem import GaussianEvidence, NoiseModel, Problem, SoftmaxEvidence
+from ntkgp.evidence.problem import AnyProblem, GaussianEvidence, NoiseModel, Problem, SoftmaxEvidence
 from ntkgp.evidence.system import LinearSystem, Solution, linear_system
 from ntkgp.likelihoods import curvature_factor, log_likelihood, whitened_targets
 
@@ -89,13 +90,50 @@ class EvidenceObjective:
         if not 0 < low < high < math.inf:
             raise ValueError(f"bounds must be (low, high) with 0 < low < high < inf, got {bounds}")
         self.problem, self.scale, self.noise, self.bounds = problem, scale, noise, bounds
-        means = problem.stack.traces() / problem.rows
+        means = self._mean_variances()
         positive = means[means > 0]
         # A group without any influence on the data has no scale of its own; it borrows that of the others.
         fallback = positive.mean() if positive.numel() else torch.ones_like(means[0])
         self.reference = torch.where(means > 0, means, fallback)  # shape: (G,)
         self.noise_scale = self._noise_scale()
         self.system: LinearSystem
+
+    def _mean_variances(self) -> Tensor:
+        """Mean of the diagonal of every K_g, shape (G,)."""
+        return self.problem.stack.traces() / self.problem.rows
+
+    @property
+    def eigenvalues_cut(self) -> int:
+        """Eigenvalues that were set to zero."""
+        return self.system.eigenvalues_cut
+
+    @property
+    def knows_shift(self) -> bool:
+        """Whether the trained weights are part of the problem, so that :meth:`squared_shift` exists."""
+        return self.problem.tangent_theta is not None
+
+    def residual_noise(self) -> Tensor | None:
+        """Mean squared error of the network itself per noise component, (S,) or (1,); None where it has none."""
+        problem = self.problem
+        if not isinstance(problem, GaussianEvidence) or problem.tangent_theta is None:
+            return None
+        squares = problem.residual.square()
+        if not self.num_noise:
+            return squares.mean().reshape(1)
+        return self.noise.sum_per_component(squares) / self.noise.sum_per_component(torch.ones_like(squares))
+
+    def data_warnings(self) -> list[str]:
+        """What about the data deserves attention: constant targets, repeated inputs."""
+        return data_warnings(self.problem)
+
+    @property
+    def refreezes(self) -> bool:
+        """Whether the curvature of a classification is to follow theta_star."""
+        return False
+
+    def evidence_bounds(self, x: Tensor) -> tuple[float, float] | None:
+        """Lower and upper bound of the exact log evidence at x, where only bounds of it are known."""
+        return None
 
     @property
     def num_groups(self) -> int:
@@ -336,6 +374,28 @@ class SoftmaxObjective(EvidenceObjective):
             gap=star.gap,
         )
 
+    @property
+    def refreezes(self) -> bool:
+        """Whether the curvature is to follow theta_star."""
+        return self.problem.variant == "full"
+
+    @property
+    def curvature_point(self) -> Tensor:
+        """Logits at which the curvature is taken at first."""
+        return self.problem.logits
+
+    def mode_point(self, x: Tensor) -> Tensor:
+        """Logits at theta_star."""
+        return self.dual_mode(x).logits
+
+    def logit_change(self, new: Tensor, old: Tensor) -> tuple[float, float]:
+        """Largest change of a logit between two points of curvature, and largest logit at the first."""
+        return float((new - old).abs().max()), float(new.abs().max())
+
+    def frozen_at(self, point: Tensor) -> SoftmaxObjective:
+        """The objective with its curvature at a point."""
+        return SoftmaxObjective(self.problem, self.bounds, curvature_at=point)
+
     def mode(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """Return alpha and S^T J (theta_star - theta_map); see the base class."""
         star = self.dual_mode(x)
@@ -440,12 +500,13 @@ class MapObjective(EvidenceObjective):
 
 
 def evidence_objective(
-    problem: Problem, at: str = "theta_star", bounds: tuple[float, float] = (1e-10, 1e10)
+    problem: AnyProblem, at: str = "theta_star", bounds: tuple[float, float] = (1e-10, 1e10)
 ) -> EvidenceObjective:
     """Build the objective of a problem.
 
     :param problem: a :class:`GaussianEvidence` or a :class:`SoftmaxEvidence` (its `variant` selects the curvature;
-        "full" gives the inner problem, curvature frozen at the network, see :func:`~ntkgp.evidence.fit_problem`).
+        "full" gives the inner problem, curvature frozen at the network, see :func:`~ntkgp.evidence.fit_problem`), or
+        another one that brings its own ``problem.objective(at, bounds)``.
     :param at: "theta_star" (default) or "theta_map" (the classical evidence at the trained weights).
     :param bounds: smallest and largest prior variance of a group relative to the mean square of the targets.
     :raises ValueError: for an unknown `at`, bad bounds, or fields that the objective needs and the problem lacks.
@@ -458,6 +519,8 @@ def evidence_objective(
     if at not in ("theta_star", "theta_map"):
         raise ValueError(f"at must be 'theta_star' or 'theta_map', got {at!r}")
     star: EvidenceObjective
+    if not isinstance(problem, GaussianEvidence | SoftmaxEvidence):
+        return problem.objective(at, bounds)
     if isinstance(problem, GaussianEvidence):
         star = GaussianObjective(problem, bounds)
     else:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -269,6 +270,28 @@ class SoftmaxEvidence:
 
 
 Problem = GaussianEvidence | SoftmaxEvidence
+
+
+class OwnProblem(Protocol):
+    """A problem that brings its own objective, such as one of streamed statistics."""
+
+    @property
+    def group_names(self) -> tuple[str, ...]:
+        """Names of the groups, length G."""
+
+    @property
+    def group_sizes(self) -> tuple[int, ...]:
+        """Number of parameters of each group, length G, or empty."""
+
+    @property
+    def max_dimension(self) -> int:
+        """Largest effective dimension that the data can determine."""
+
+    def objective(self, at: str, bounds: tuple[float, float]) -> Any:
+        """The :class:`~ntkgp.evidence.EvidenceObjective`; `at` and `bounds` as in :func:`fit_evidence`."""
+
+
+AnyProblem = GaussianEvidence | SoftmaxEvidence | OwnProblem
 
 
 def _set_grams(problem: Problem) -> tuple[int, int]:

@@ -42,6 +42,8 @@ class EvidenceReport:
     :param method: "mackay" or "lbfgs".
     :param at: "theta_star" or "theta_map".
     :param warnings: plain words on everything that deserves attention.
+    :param evidence_bounds: lower and upper bound of the exact log evidence at the reported precisions and noise, where
+        `log_evidence` is itself an approximation of it; None where it is exact.
     """
 
     log_evidence: float
@@ -64,6 +66,7 @@ class EvidenceReport:
     method: str
     at: str
     warnings: tuple[str, ...]
+    evidence_bounds: tuple[float, float] | None = None
 
     def __str__(self) -> str:
         """Return a table for people."""
@@ -72,6 +75,9 @@ class EvidenceReport:
             f"Evidence at {self.at} by {self.method}: {self.log_evidence:.4f} nats "
             f"({status}, {self.iterations} steps, {self.evaluations} evaluations, {self.seconds:.2f} s)"
         ]
+        if self.evidence_bounds is not None:
+            low, high = self.evidence_bounds
+            lines.append(f"exact log evidence between {low:.4f} and {high:.4f} nats")
         if self.noise.numel():
             lines.append(f"noise variance           {_numbers(self.noise)}")
         if self.residual_noise is not None:

@@ -2,6 +2,7 @@
 
 from ntkgp.kernels.composition import SharedKernel
 from ntkgp.kernels.neural_tangent import NeuralTangentKernel
+from ntkgp.kernels.nystrom import NystromKernel
 from ntkgp.kernels.priors import FlatLogPrior
 
-__all__ = ["FlatLogPrior", "NeuralTangentKernel", "SharedKernel"]
+__all__ = ["FlatLogPrior", "NeuralTangentKernel", "NystromKernel", "SharedKernel"]

@@ -6,8 +6,10 @@ import logging
 import math
 import os
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
+import torch
 from gpytorch.constraints import GreaterThan
 from gpytorch.likelihoods import GaussianLikelihood, Likelihood, MultitaskGaussianLikelihood
 from torch import Tensor, nn
@@ -16,11 +18,24 @@ from ntkgp.evidence import fit_evidence
 from ntkgp.likelihoods import BernoulliLikelihood, CategoricalLikelihood
 from ntkgp.linearization import LinearizedNetwork, ParameterGroups
 from ntkgp.linearization.memory import format_memory, parse_memory
-from ntkgp.models.batches import collect_raw
-from ntkgp.models.exact import ExactNTKGP, matrices_of_fit
-from ntkgp.models.noise import noise_floor
+from ntkgp.models.batches import Batches, collect_raw
+from ntkgp.models.dual import matrices_of_fit
+from ntkgp.models.exact import ExactNTKGP
+from ntkgp.models.forms import choose_form
+from ntkgp.models.inducing import kmeans_inducing_points
+from ntkgp.models.noise import has_fixed_noise, is_classification, noise_floor
+from ntkgp.models.nystrom import NystromNTKGP
+from ntkgp.models.variational import VariationalNTKGP
 
 logger = logging.getLogger("ntkgp")
+
+Model = ExactNTKGP | NystromNTKGP | VariationalNTKGP
+_INFERENCES = ("auto", "exact", "nystrom", "variational")
+# Work that exact inference may take before an approximation is chosen: some minutes on a few cores.
+_EXACT_FLOPS = 2e13
+_FACTORISATIONS = 20
+# Rows of all landmarks, or of all inducing points, and features of each group.
+_LANDMARK_ROWS, _INDUCING_ROWS, _FEATURES = 2048, 512, 256
 
 
 def from_network(
@@ -34,29 +49,42 @@ def from_network(
     fit: bool = True,
     output: Callable[[Any], Tensor] | None = None,
     max_memory: str | int | float | None = None,
+    progress: bool = False,
     **fit_options: Any,
-) -> ExactNTKGP:
+) -> Model:
     """Linearise a trained network, build its Gaussian process and fit the evidence.
+
+    The choice of ``inference="auto"`` is logged (``"ntkgp"``) with its numbers and kept in ``model.inference_reason``:
+
+    * exact inference (:class:`~ntkgp.ExactNTKGP`, in data space or weight space, whichever is cheaper) where its
+      matrices fit in the budget and its work is below 2·10¹³ flops;
+    * else :class:`~ntkgp.NystromNTKGP` with ``residual=True``, the evidence of every precision from one pass, where its
+      statistics, quadratic in the number of groups times features, fit;
+    * else :class:`~ntkgp.VariationalNTKGP`, whose memory depends on neither.
 
     :param net: the trained network.
     :param train_data: ``(x, y)`` with x as the network takes it, or a ``Dataset`` or ``DataLoader`` of ``(x, y)`` pairs
-        or of dicts with ``"labels"``. Targets are (N, C), (N, *output shape) or class labels (N,).
+        or of dicts with ``"labels"``. Targets are (N, C), (N, *output shape) or class labels (N,). Datasets and loaders
+        whose inputs take more than a quarter of the budget are never held, but passed over.
     :param likelihood: ``"regression"`` (Gaussian noise, one per output of a vector, not below the rounding noise of the
         targets: see :func:`~ntkgp.models.noise.noise_floor`), ``"classification"`` (softmax, or logistic for one
         output), or a likelihood.
-    :param inference: ``"auto"`` or ``"exact"``.
+    :param inference: ``"auto"``, ``"exact"``, ``"nystrom"`` or ``"variational"``.
     :param groups: parameter groups, see :class:`~ntkgp.LinearizedNetwork`.
     :param mean: ``"network"`` or ``"posterior"``, see :class:`~ntkgp.ExactNTKGP`.
-    :param fit: fit precisions and noise by the evidence; the report is ``model.report``.
+    :param fit: fit precisions and noise by the evidence; the report is ``model.report``. A variational model reports in
+        ``model.history``.
     :param output: picks the output tensor from what the network returns.
-    :param max_memory: budget for the Grams (which go to disk where they do not fit), their factorisation, and what is
-        kept of the training inputs; a third of the machine's memory by default.
-    :param fit_options: passed to :func:`~ntkgp.fit_evidence` (``method``, ``at``, ``progress``, …).
+    :param max_memory: budget for Grams (which go to disk where they do not fit), statistics, their factorisation, and
+        what is kept of the training inputs; a third of the machine's memory by default.
+    :param progress: show progress bars.
+    :param fit_options: passed to :func:`~ntkgp.fit_evidence` (``method``, ``at``, …), or to
+        :meth:`VariationalNTKGP.fit <ntkgp.VariationalNTKGP.fit>`.
     :return: the model, in eval mode.
-    :raises ValueError: data too large for exact inference (the message says how large N·C may be and what this one
-        would need), other inference, or data that the model refuses.
+    :raises ValueError: ``inference="exact"`` and data too large for it (the message says how large N·C may be and what
+        this one would need), an unknown inference, or data that the model refuses.
 
-    Cost: see :class:`~ntkgp.ExactNTKGP` and :func:`~ntkgp.fit_evidence`.
+    Cost: that of the model and of :func:`~ntkgp.fit_evidence`.
 
     >>> x = torch.linspace(-1, 1, 30).unsqueeze(-1)
     >>> net = torch.nn.Sequential(torch.nn.Linear(1, 16), torch.nn.Tanh(), torch.nn.Linear(16, 1))
@@ -64,29 +92,138 @@ def from_network(
     >>> model.likelihood(model(torch.zeros(2, 1))).variance.shape, model.report.converged
     (torch.Size([2]), True)
     """
-    if inference not in ("auto", "exact"):
-        raise ValueError(f"inference: expected 'auto' or 'exact', got {inference!r}")
-    x, y = collect_raw(train_data)
-    lin = LinearizedNetwork(net, x, groups=groups, output=output)
+    if inference not in _INFERENCES:
+        raise ValueError(f"inference: expected one of {_INFERENCES}, got {inference!r}")
     budget = _machine_memory() // 3 if max_memory is None else parse_memory(max_memory)
-    rows = len(lin.pack(x)) * lin.num_outputs
-    _check_size(rows, budget)
-    logger.info("exact inference: N·C = %d, P = %d, %d group(s)", rows, lin.num_parameters, len(lin.groups))
-    model = ExactNTKGP(x, y, _likelihood(likelihood, lin, y), lin, mean, max_memory=budget)
-    model.eval()
-    model.report = fit_evidence(model, **fit_options) if fit else None
-    return model
+    data = collect_raw(train_data, limit=budget // 4)
+    lin = LinearizedNetwork(net, data.example, groups=groups, output=output)
+    chosen = _likelihood(likelihood, lin, data.y)
+    held = data.x is not None
+    n = len(lin.pack(data.x)) if held else len(data.y)
+    choice, reason = _choose(inference, lin, chosen, n, held, budget)
+    logger.info("%s inference: %s", choice, reason)
+    request = _Request((data.x, data.y) if held else train_data, n, lin, chosen, mean, budget, fit, progress)
+    builders: dict[str, Callable[..., Model]] = {
+        "exact": request.exact, "nystrom": request.nystrom, "variational": request.variational
+    }  # fmt: skip
+    model = builders[choice](**fit_options)
+    model.inference_reason = reason
+    return model.eval()
 
 
-def _check_size(rows: int, budget: int) -> None:
-    needed = matrices_of_fit(rows)
-    if needed > budget:
-        largest = math.isqrt(budget // matrices_of_fit(1))
-        raise ValueError(
-            f"train_data: exact inference with N·C = {rows} rows needs {format_memory(needed)} beside the Grams, which "
-            f"may go to disk; the budget of {format_memory(budget)} allows N·C up to {largest}. "
-            "Use fewer data or a larger max_memory"
+@dataclass(frozen=True)
+class _Request:
+    """What is asked for, whatever the inference.
+
+    :param source: ``(x, y)``, or a Dataset or DataLoader that is passed over.
+    """
+
+    source: Any
+    num_data: int
+    lin: LinearizedNetwork
+    likelihood: Likelihood
+    mean: str
+    budget: int
+    fit: bool
+    progress: bool
+
+    def exact(self, **options: Any) -> ExactNTKGP:
+        """The exact model."""
+        x, y = self.source if isinstance(self.source, tuple) else (self.source, None)
+        model = ExactNTKGP(x, y, self.likelihood, self.lin, self.mean, max_memory=self.budget)
+        model.report = fit_evidence(model, progress=self.progress, **options) if self.fit else None
+        return model
+
+    def nystrom(self, **options: Any) -> NystromNTKGP:
+        """ELLA with its residual."""
+        landmarks, features = nystrom_sizes(self.lin, self.num_data)
+        selection = "balanced" if is_classification(self.likelihood) else "random"
+        model = NystromNTKGP(
+            self.source, self.likelihood, self.lin, landmarks, features, True, landmarks=selection, mean=self.mean,
+            max_memory=self.budget,
+        ).fit(progress=self.progress)  # fmt: skip
+        model.report = None
+        if self.fit:
+            # The subspace of the features is chosen at the precisions: once more at those that the evidence asks for.
+            fit_evidence(model, progress=self.progress, **options)
+            model.fit(progress=self.progress)
+            model.report = fit_evidence(model, progress=self.progress, **options)
+        return model
+
+    def variational(self, **options: Any) -> VariationalNTKGP:
+        """VaLLA from centres of the data, or from rows of what is not held or holds integers."""
+        lin, batches = self.lin, Batches.of(self.source, self.lin, self.likelihood)
+        count = min(self.num_data, max(1, _INDUCING_ROWS // lin.num_outputs))
+        learned = all(dtype.is_floating_point for dtype in lin.packing.dtypes)
+        if learned and isinstance(self.source, tuple):
+            points = kmeans_inducing_points(batches.collect()[0], count)[0]
+        else:
+            points = draw_rows(batches, self.num_data, count)
+        model = VariationalNTKGP(
+            points, self.likelihood, lin, self.num_data, mean=self.mean, max_memory=self.budget, learn_inducing=learned
         )
+        if self.fit:
+            return model.fit(batches, progress=self.progress, **options)
+        model.set_optimum(batches, progress=self.progress)
+        return model
+
+
+def nystrom_sizes(lin: LinearizedNetwork, num_data: int) -> tuple[int, int]:
+    """Landmarks M and features K that :func:`from_network` takes."""
+    landmarks = min(num_data, max(64, _LANDMARK_ROWS // lin.num_outputs))
+    return landmarks, min(landmarks * lin.num_outputs, _FEATURES)
+
+
+def draw_rows(batches: Batches, num_data: int, count: int, seed: int = 0) -> Tensor:
+    """Some rows of the inputs, drawn without replacement in one pass, (count, D) packed."""
+    chosen = torch.randperm(num_data, generator=torch.Generator().manual_seed(seed))[:count].sort().values
+    parts, start = [], 0
+    for x, _ in batches:
+        parts.append(x[chosen[(chosen >= start) & (chosen < start + len(x))] - start])
+        start += len(x)
+    return torch.cat(parts)
+
+
+def _choose(
+    inference: str, lin: LinearizedNetwork, likelihood: Likelihood, n: int, held: bool, budget: int
+) -> tuple[str, str]:
+    """Which inference, and why."""
+    if inference in ("nystrom", "variational"):
+        return inference, "as asked for"
+    exact, obstacle = _exact_choice(lin, likelihood, n, held, budget)
+    if not obstacle:
+        return "exact", exact
+    if inference == "exact":
+        raise ValueError(f"train_data: {obstacle}. Use fewer data, a larger max_memory, or inference='nystrom'")
+    groups, (landmarks, features) = len(lin.groups), nystrom_sizes(lin, n)
+    width = groups * features
+    kinds = lin.num_outputs if isinstance(likelihood, MultitaskGaussianLikelihood) else 1
+    needed = 8 * (kinds + 4) * width**2 + 8 * landmarks * lin.num_outputs * lin.num_parameters // max(groups, 1)
+    sizes = f"{landmarks} landmarks, {features} features of each of {groups} group(s)"
+    if needed <= budget and not has_fixed_noise(likelihood):
+        return "nystrom", f"{obstacle}; {sizes} need {format_memory(needed)}"
+    return "variational", f"{obstacle}; and for a Nyström kernel {sizes} need {format_memory(needed)}"
+
+
+def _exact_choice(lin: LinearizedNetwork, likelihood: Likelihood, n: int, held: bool, budget: int) -> tuple[str, str]:
+    """What exact inference takes, and what is in its way ("" if nothing)."""
+    try:
+        form = choose_form("auto" if held else "primal", lin, likelihood, n, budget)
+    except ValueError as reason:
+        return "", str(reason)
+    rows = n * lin.num_outputs
+    what = f"N·C = {rows:,}, P = {lin.num_parameters:,}, {len(lin.groups)} group(s), in {form.name} form"
+    if form.nbytes > budget:
+        largest = math.isqrt(budget // matrices_of_fit(1))
+        return what, (
+            f"exact inference with N·C = {rows} rows needs {format_memory(form.nbytes)} beside the Grams, which may go "
+            f"to disk; the budget of {format_memory(budget)} allows N·C up to {largest}"
+        )
+    gather = 2 * rows * lin.num_parameters**2 if form.name == "primal" else lin.explain(n).flops
+    flops = gather + _FACTORISATIONS * form.rows**3
+    if flops > _EXACT_FLOPS:
+        return what, f"exact inference with {what} takes {flops:.1e} flops, more than {_EXACT_FLOPS:.0e}"
+    return what, ""
 
 
 def _machine_memory() -> int:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from gpytorch.likelihoods import Likelihood
@@ -204,9 +204,23 @@ def as_pair(batch: Any, name: str) -> tuple[Any, Any]:
     )
 
 
-def collect_raw(train_data: Any, name: str = "train_data") -> tuple[Any, Tensor]:
-    """All rows of ``(x, y)``, a Dataset or a DataLoader as the network takes them, before there is a network.
+class RawData(NamedTuple):
+    """Training data before there is a network to pack its inputs.
 
+    :ivar x: all inputs as the network takes them; None where they are more than the limit.
+    :ivar y: all targets.
+    :ivar example: some inputs.
+    """
+
+    x: Any
+    y: Tensor
+    example: Any
+
+
+def collect_raw(train_data: Any, name: str = "train_data", limit: int | None = None) -> RawData:
+    """All rows of ``(x, y)``, or of a Dataset or DataLoader, as the network takes them.
+
+    :param limit: bytes that the inputs of a Dataset or a DataLoader may take.
     :raises TypeError: other data.
     :raises ValueError: no rows, or a batch whose inputs and targets differ in their number of rows.
     """
@@ -216,11 +230,11 @@ def collect_raw(train_data: Any, name: str = "train_data") -> tuple[Any, Tensor]
         train_data = DataLoader(train_data, batch_size=_BATCH)
     if not isinstance(train_data, DataLoader):
         if isinstance(train_data, tuple | list) and len(train_data) == 2:
-            return train_data[0], train_data[1]
+            return RawData(train_data[0], train_data[1], train_data[0])
         raise TypeError(f"{name}: expected (x, y), a Dataset or a DataLoader, got {type(train_data).__name__}")
     parts: list[list[Tensor]] = []
     targets: list[Tensor] = []
-    structure: Any = None
+    example, structure, held = None, None, 0
     for index, batch in _Undisturbed(train_data):
         x, y = as_pair(batch, f"{name}: batch {index}")
         leaves, structure = tree_flatten(x)
@@ -230,8 +244,15 @@ def collect_raw(train_data: Any, name: str = "train_data") -> tuple[Any, Tensor]
                 f"{name}: batch {index} has inputs and targets with different numbers of rows, or a scalar; "
                 "expected tensors whose first dimension is the batch (a DataLoader with a batch_size)"
             )
-        parts.append(leaves)
         targets.append(y)
-    if not targets:
+        if len(y) == 0:
+            continue
+        example = x if example is None else example
+        held += sum(leaf.numel() * leaf.element_size() for leaf in leaves)
+        if limit is None or held <= limit:
+            parts.append(leaves)
+    if example is None:
         raise ValueError(f"{name} has no batches; expected at least one row")
-    return tree_unflatten([torch.cat(columns) for columns in zip(*parts, strict=True)], structure), torch.cat(targets)
+    whole = limit is None or held <= limit
+    inputs = tree_unflatten([torch.cat(c) for c in zip(*parts, strict=True)], structure) if whole else None
+    return RawData(inputs, torch.cat(targets), example)

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import logging
+from collections.abc import Callable
 from typing import Any
 
 import gpytorch
@@ -11,26 +12,32 @@ from gpytorch.distributions import MultitaskMultivariateNormal, MultivariateNorm
 from gpytorch.models import GP, ExactGP
 from linear_operator.operators import LinearOperator
 from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
 
-from ntkgp.evidence.problem import GaussianEvidence, Problem, SoftmaxEvidence
+from ntkgp.evidence.problem import AnyProblem
 from ntkgp.kernels import NeuralTangentKernel
-from ntkgp.likelihoods import validate_labels
 from ntkgp.linearization import LinearizedNetwork
-from ntkgp.linearization.grams import Factors
-from ntkgp.linearization.memory import parse_memory
-from ntkgp.linearization.symmetric import SymmetricGrams
+from ntkgp.linearization.memory import format_memory, parse_memory
+from ntkgp.linearization.statistics import rows_at_a_time
 from ntkgp.means import LinearizedMean, NetworkMean
+from ntkgp.models.batches import Batches, packed_inputs, shaped_targets
+from ntkgp.models.certified import Certified
 from ntkgp.models.conditioned import Conditionable
-from ntkgp.models.factors import GaussianFactors, SoftmaxFactors
+from ntkgp.models.dual import DualSide
+from ntkgp.models.dual import matrices_of_fit as matrices_of_fit
+from ntkgp.models.forms import Form, choose_form
 from ntkgp.models.noise import NoiseLink, has_fixed_noise, is_classification, prepare_likelihood
 from ntkgp.models.paths import FixedMean, FunctionSamples
 from ntkgp.models.posterior import PosteriorCovariance
+from ntkgp.models.primal import PrimalSide
+
+logger = logging.getLogger("ntkgp")
 
 MEANS = ("network", "posterior")
 CURVATURES = ("simple", "quadratic", "full")
 
 
-class ExactNTKGP(Conditionable, ExactGP):
+class ExactNTKGP(Certified, Conditionable, ExactGP):
     r"""The trained network as an exact Gaussian process.
 
     The tangent model :math:`h(x;\theta) = f(x;\tilde\theta) + J(x)(\theta-\tilde\theta)` with the prior
@@ -43,10 +50,18 @@ class ExactNTKGP(Conditionable, ExactGP):
     distribution. Gaussian likelihoods are conditioned on exactly; categorical and Bernoulli ones by the Laplace–GGN
     approximation with the full C × C curvature, in data space.
 
-    All algebra is in float64, the network's passes in its own dtype. The Grams and, where they fit in `max_memory`, the
-    Jacobian rows of the training inputs are kept: later predictions make no pass over the training data.
+    There are two forms with the same results (``model.form``, also in ``repr`` and the logger ``"ntkgp"``):
 
-    :param train_x: N inputs as the network takes them, or packed.
+    * *dual*, in data space: N·C × N·C Grams;
+    * *primal*, in weight space: one pass gathers what JᵀWJ and JᵀWt say in P × P numbers: at most P rows for each noise
+      variance that stand for all N·C (:mod:`ntkgp.evidence.primal`). N is not limited. θ⋆ of a classification is found
+      by quasi-Newton steps over further passes.
+
+    All algebra is in float64, the network's passes in its own dtype. What the passes leave behind is kept: later
+    predictions make no pass over the training data, except for θ⋆ of a classification in weight space.
+
+    :param train_x: N inputs as the network takes them, or packed; or, with ``train_y=None``, a Dataset or DataLoader of
+        pairs (or dicts with ``"labels"``), which is passed over in weight space and never copied.
     :param train_y: (N,) or (N, 1) for one output, else (N, C) or (N, *output_shape); class labels (N,).
     :param likelihood: ``GaussianLikelihood``, ``FixedNoiseGaussianLikelihood``, ``MultitaskGaussianLikelihood``,
         :class:`~ntkgp.CategoricalLikelihood` or :class:`~ntkgp.likelihoods.BernoulliLikelihood`; moved to float64.
@@ -54,11 +69,16 @@ class ExactNTKGP(Conditionable, ExactGP):
     :param lin: the linearised network.
     :param mean: ``"network"`` (the predictive mean is exactly the network's output) or ``"posterior"`` (h at θ⋆).
     :param max_memory: budget for the Grams, and another of the same size for the kept Jacobian rows.
-    :raises ValueError: NaN or infinite data, N = 0, other shapes, labels out of range, an unknown `mean`.
-    :raises TypeError: another likelihood.
+    :param progress: show a progress bar for passes over a loader, or over tensors in weight space.
+    :param form: ``"auto"`` (the rule: :func:`~ntkgp.models.forms.choose_form`), ``"dual"`` or ``"primal"``.
+    :raises ValueError: NaN or infinite data (a batch is named by its index), N = 0, other shapes, labels out of range,
+        an unknown `mean` or `form`, weight space that does not fit in `max_memory` (with the bytes that it needs), a
+        noise covariance between outputs or fixed noise of a loader in weight space.
+    :raises TypeError: another likelihood, other data.
 
-    Cost: O(N²C²P) once for the Grams (G·(NC)² numbers), O((NC)³) per set of hyper-parameters; then per test input C
-    backward passes, O(NC²P) for the cross-covariance and O((NC)²C) for the variance.
+    Cost: dual: O(N²C²P) once for the Grams (G·(NC)² numbers), O((NC)³) per set of hyper-parameters; then per test input
+    C backward passes, O(NC²P) for the cross-covariance and O((NC)²C) for the variance. Primal: 2·N·C·P² flops once,
+    P² numbers per noise variance; then as the dual with n ≤ P compressed rows per noise variance in place of N·C.
 
     >>> import gpytorch, ntkgp
     >>> x = torch.linspace(-1, 1, 20).unsqueeze(-1)
@@ -69,17 +89,23 @@ class ExactNTKGP(Conditionable, ExactGP):
     >>> posterior = model.eval()(torch.zeros(2, 1))
     >>> torch.equal(posterior.mean, net(torch.zeros(2, 1)).squeeze(-1).double()), posterior.variance.shape
     (True, torch.Size([2]))
+    >>> data = torch.utils.data.TensorDataset(x, torch.sin(3 * x))
+    >>> streamed = ntkgp.ExactNTKGP(data, None, gpytorch.likelihoods.GaussianLikelihood(), lin)
+    >>> streamed.form, abs(ntkgp.fit_evidence(streamed).log_evidence - report.log_evidence) < 1e-4
+    ('primal', True)
     """
 
     def __init__(
         self,
         train_x: Any,
-        train_y: Tensor,
+        train_y: Tensor | None,
         likelihood: gpytorch.likelihoods.Likelihood,
         lin: LinearizedNetwork,
         mean: str = "network",
         *,
         max_memory: str | int | float = "2GiB",
+        form: str = "auto",
+        progress: bool = False,
     ) -> None:
         if not isinstance(lin, LinearizedNetwork):
             raise TypeError(f"lin: expected a ntkgp.LinearizedNetwork, got {type(lin).__name__}")
@@ -90,13 +116,15 @@ class ExactNTKGP(Conditionable, ExactGP):
         self.mean = mean
         # A buffer: the posterior of a loaded model depends on it as on the precisions.
         self.register_buffer("_curvature", torch.tensor(0))
-        self.train_inputs = (self._pack(train_x, "train_x").detach().clone(),)
-        self.train_targets = self._targets(train_y, len(self.train_inputs[0]))
+        self._asked_form, self._progress = form, progress
+        self._source: _Source | None = None
+        self._set_data(train_x, train_y)
         self.mean_module = LinearizedMean(lin)
         self._network_mean = NetworkMean(lin)
         self.kernel = NeuralTangentKernel(lin, max_memory=max_memory).to(torch.float64)
         self.prediction_strategy: Any = None
-        self._kept: _Kept | None = None
+        self._kept: DualSide | PrimalSide | None = None
+        logger.info("ExactNTKGP in %s form: %s", self.form, self._form.reason)
 
     @property
     def covar_module(self) -> NeuralTangentKernel:
@@ -135,45 +163,69 @@ class ExactNTKGP(Conditionable, ExactGP):
         """Whether the likelihood is categorical or Bernoulli."""
         return is_classification(self.likelihood)
 
+    @property
+    def form(self) -> str:
+        """In which space the model works, ``"dual"`` or ``"primal"``; decided by the data's size."""
+        return self._form.name
+
+    def extra_repr(self) -> str:
+        """Form, size and memory."""
+        return (
+            f"form={self.form!r} ({self._form.reason}; {format_memory(self._form.nbytes)} beside the Grams), "
+            f"mean={self.mean!r}"
+        )
+
+    def _set_data(self, x: Any, y: Tensor | None) -> None:
+        """Take training data and choose the form."""
+        if isinstance(x, Dataset | DataLoader):
+            if y is not None:
+                raise TypeError(f"train_y: expected None beside a {type(x).__name__}, which yields the targets")
+            if self._asked_form == "dual":
+                raise ValueError(f"form: 'dual' needs tensors; a {type(x).__name__} is passed over in weight space")
+            batches = Batches.of(x, self.lin, self.likelihood)
+            size = None if has_fixed_noise(self.likelihood) else _known_size(batches)
+            self._form: Form = choose_form("primal", self.lin, self.likelihood, size, self.max_memory)
+            self._source, self.train_inputs, self.train_targets = _Source(batches), None, None
+            return
+        packed = self._pack(x, "train_x").detach().clone()
+        targets = self._targets(y, len(packed))
+        self._form = choose_form(self._asked_form, self.lin, self.likelihood, len(packed), self.max_memory)
+        self._source, self.train_inputs, self.train_targets = None, (packed,), targets
+
     def _targets(self, train_y: Any, num_rows: int) -> Tensor:
         """Targets in GPyTorch's shape: (N,) for one output and for labels, else (N, C)."""
-        c = self.lin.num_outputs
-        if not isinstance(train_y, Tensor):
-            raise TypeError(f"train_y: expected a tensor, got {type(train_y).__name__}")
-        if self.is_classification:
-            flat = train_y.squeeze(-1) if train_y.ndim == 2 and train_y.shape[-1] == 1 else train_y
-            return validate_labels(flat, max(c, 2), torch.Size((num_rows,))).clone()
-        shapes = {(num_rows, c), (num_rows, *self.lin.output_shape)} | ({(num_rows,)} if c == 1 else set())
-        if tuple(train_y.shape) not in shapes:
-            raise ValueError(
-                f"train_y: expected shape {' or '.join(map(str, sorted(shapes, key=len)))}, got {tuple(train_y.shape)}"
-            )
-        if train_y.is_complex() or train_y.dtype == torch.bool:
-            raise TypeError(f"train_y: expected real numbers, got {train_y.dtype}")
-        if not torch.isfinite(train_y).all():
-            raise ValueError("train_y holds NaN or infinite values")
-        # A copy: what the caller later does to the tensor in place must not reach half of the model.
-        return train_y.detach().to(torch.float64).reshape((num_rows,) if c == 1 else (num_rows, c)).clone()
+        return shaped_targets(train_y, self.lin, self.is_classification, num_rows, "train_y")
 
     def set_train_data(self, inputs: Any = None, targets: Tensor | None = None, strict: bool = True) -> None:
         """Replace the training data, given as to the constructor; the hyper-parameters stay.
 
-        :param strict: require the number of rows to stay the same, as GPyTorch does.
+        :param strict: require the number of rows to stay the same, as GPyTorch does; of tensors only.
         """
         if isinstance(inputs, tuple | list) and len(inputs) == 1:
             inputs = inputs[0]
+        if self._source is not None or isinstance(inputs, Dataset | DataLoader):
+            if inputs is None:
+                raise ValueError("inputs: expected new data, the targets of a loader come with its inputs; got None")
+            self._set_data(inputs, targets)
+            self.prediction_strategy = self._kept = None
+            return
+        assert self.train_inputs is not None
         old = self.train_inputs[0]
         x = old if inputs is None else self._pack(inputs, "inputs").detach().clone()
         if strict and x.shape != old.shape:
             raise RuntimeError(f"inputs: expected shape {tuple(old.shape)} (strict=True), got {tuple(x.shape)}")
-        y = self.train_targets if targets is None else targets
-        self.train_targets = self._targets(y, len(x))
+        y = self._targets(self.train_targets if targets is None else targets, len(x))
+        if len(x) != len(old):
+            self._form = choose_form(self._asked_form, self.lin, self.likelihood, len(x), self.max_memory)
+        self.train_targets = y
         self.prediction_strategy = None
         if not torch.equal(x, old):
             self.train_inputs = (x,)
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_kept": None, "prediction_strategy": None}
+        # Tensors travel with the model; what a loader gave may not be there to be passed over again.
+        kept = None if self._source is None else self._kept
+        return {**self.__dict__, "_kept": kept, "prediction_strategy": None}
 
     def forward(self, x: Tensor) -> MultivariateNormal:
         """The prior at packed inputs: mean f(x; θ̃) − J(x)θ̃, covariance the tangent kernel."""
@@ -187,10 +239,7 @@ class ExactNTKGP(Conditionable, ExactGP):
 
     def _pack(self, x: Any, name: str) -> Tensor:
         """Raw or packed inputs, (N,) where D = 1, as packed float64."""
-        packing = self.lin.packing
-        if isinstance(x, Tensor) and x.ndim == 1 and packing.width == 1 and not packing.is_raw(x):
-            x = x.unsqueeze(-1)
-        return packing.pack(x, name).to(torch.float64)
+        return packed_inputs(x, self.lin, name)
 
     def _inputs(self, x: Any) -> Tensor:
         """The same, packed ones with any batch dimensions."""
@@ -207,6 +256,11 @@ class ExactNTKGP(Conditionable, ExactGP):
     def __call__(self, x: Any, **kwargs: Any) -> MultivariateNormal:
         """Train mode: the prior at the training inputs. Eval mode: the latent posterior at any inputs."""
         packed = self._inputs(x)
+        if self.training and self._source is not None:
+            raise RuntimeError(
+                "a model of a DataLoader holds no training inputs for a prior at them: fit it by ntkgp.fit_evidence, "
+                "and call model.eval() for predictions"
+            )
         if self.training or gpytorch.settings.prior_mode.on():
             return super().__call__(packed, **kwargs)
         return self._posterior(packed)
@@ -226,45 +280,64 @@ class ExactNTKGP(Conditionable, ExactGP):
         """The reported predictive mean, (N, D) -> (N, C)."""
         if self.mean == "network":
             return self._network_mean(x).reshape(len(x), -1)
-        cross = self._cross(x) if cross is None else cross
-        return self.mean_module(x).reshape(len(x), -1) + (cross @ self._factors()[0].alpha).reshape(len(x), -1)
+        shift = self._training_side().shift(x, self._factors()[0], self.kernel.precision, cross)
+        return self.mean_module(x).reshape(len(x), -1) + shift
 
-    def _mean_of_now(self) -> FixedMean:
+    def _mean_of_now(self) -> Callable[[Tensor], Tensor]:
         """The reported predictive mean, whatever becomes of the model."""
         if self.mean == "network":
             return FixedMean(self._network_mean)
-        kept = self._training_side()
-        source = kept.factors if kept.factors is not None else kept.x
-        variance = self.kernel.precision.detach().reciprocal()
-        return FixedMean(self.mean_module, (source, variance, self._factors()[0].alpha), self.max_memory)
+        return self._training_side().posterior_mean(self._factors()[0], self.kernel.precision.detach())
 
     def _cross(self, x: Tensor) -> Tensor:
-        """K(x, X), shape (T·C, N·C)."""
-        kept = self._training_side()
-        source = kept.factors if kept.factors is not None else self.train_inputs[0]
-        return self.lin.weighted_gram(x, source, self.kernel.precision.reciprocal(), self.max_memory)
+        """K(x, X) with the rows that the factors condition on: the training data, or what they are compressed to."""
+        return self._training_side().cross(x, self.kernel.precision, self._factors()[0])
 
-    def _training_side(self) -> _Kept:
+    def _training_side(self) -> Any:
         """Passes over the training data: made once, whatever the hyper-parameters."""
-        x = self.train_inputs[0]
-        if self._kept is None or self._kept.x is not x:
+        x = None if self.train_inputs is None else self.train_inputs[0]
+        kept = self._kept
+        if kept is None or kept.form != self.form or not kept.is_of(x, self.train_targets, self.likelihood):
             # Tensors made in inference mode would break every later gradient.
             with torch.inference_mode(False):
-                self._kept = _Kept.build(self.lin, self.mean_module, x, self.max_memory)
+                self._kept = self._visit(x)
         return self._kept
 
+    def _visit(self, x: Tensor | None) -> DualSide | PrimalSide:
+        """Pass over the training data."""
+        if self.form == "dual" and x is not None:
+            return DualSide.build(self.lin, self.mean_module, x, self.max_memory)
+        data = None if x is None or self.train_targets is None else (x, self.train_targets)
+        if data is not None:
+            step = rows_at_a_time(self.lin, self.max_memory)
+            batches = Batches(data, self.lin, self.is_classification, "train_data", step)
+        else:
+            assert self._source is not None
+            batches = self._source.batches
+        device = self.kernel.raw_precision.device
+        return PrimalSide.build(
+            self.lin, self.mean_module, batches, self.likelihood, self.max_memory, device, data, self._progress
+        )
+
+    @property
+    def _num_data(self) -> int:
+        """N; of a loader known after the first pass."""
+        return len(self.train_inputs[0]) if self.train_inputs is not None else self._training_side().num_data
+
     def _gram(self) -> Tensor:
-        return self._training_side().grams.weighted_sum(self.kernel.precision.detach().reciprocal().to(torch.float64))
+        return self._training_side().gram(self.kernel.precision.detach())
 
     def _noise(self) -> LinearOperator:
-        """Covariance of the observation noise of the training data."""
-        return self.likelihood._shaped_noise_covar(self.train_targets.shape)
+        """Covariance of the observation noise of the rows that the factors condition on."""
+        return self._training_side().noise(self.likelihood, self.train_targets)
 
-    def _factors(self) -> tuple[GaussianFactors | SoftmaxFactors, NeuralTangentKernel]:
+    def _factors(self) -> tuple[Any, NeuralTangentKernel]:
         """Factors at the present hyper-parameters with the kernel as a constant of them, kept until one changes."""
         kept = self._training_side()
         key = (self.curvature, self.likelihood, kept)
-        state = [self.kernel.precision, *self.likelihood.parameters(), self.train_targets]
+        state = [self.kernel.precision, *self.likelihood.parameters()]
+        if self.train_targets is not None:
+            state.append(self.train_targets)
         if has_fixed_noise(self.likelihood):
             state.append(self.likelihood.noise_covar.noise)
         if self.prediction_strategy is not None:
@@ -273,14 +346,8 @@ class ExactNTKGP(Conditionable, ExactGP):
             if unchanged and all(torch.equal(a, b) for a, b in zip(old_state, state, strict=True)):
                 return found
         with torch.inference_mode(False), torch.no_grad():
-            factors: GaussianFactors | SoftmaxFactors
-            if self.is_classification:
-                factors = SoftmaxFactors.build(
-                    self._gram(), kept.outputs, kept.offset, self.train_targets, self.curvature
-                )
-            else:
-                targets = self.train_targets.reshape(-1) - kept.offset.reshape(-1)
-                factors = GaussianFactors.build(self._gram(), self._noise(), targets)
+            precision = self.kernel.precision.detach()
+            factors = kept.condition(precision, self.likelihood, self.train_targets, self.curvature)
         # The factors carry no graph to the hyper-parameters, and half a gradient is worse than none.
         prior = NeuralTangentKernel(self.lin, max_memory=self.max_memory).to(self.kernel.raw_precision)
         prior.precision = self.kernel.precision.detach()
@@ -288,7 +355,9 @@ class ExactNTKGP(Conditionable, ExactGP):
         self.prediction_strategy = (key, [value.detach().clone() for value in state]), found
         return found
 
-    def evidence_problem(self, *, at: str = "theta_star", curvature: str = "simple", targets: str = "data") -> Problem:
+    def evidence_problem(
+        self, *, at: str = "theta_star", curvature: str = "simple", targets: str = "data"
+    ) -> AnyProblem:
         """What determines the evidence (see :func:`~ntkgp.fit_evidence`); no network pass after the first call.
 
         The posterior of a classification uses the `curvature` asked for here from now on.
@@ -298,20 +367,9 @@ class ExactNTKGP(Conditionable, ExactGP):
                 "targets='residual' centres the prior at the trained weights, mean='posterior' reports the mode of the "
                 "prior centred at zero; use mean='network'"
             )
-        kept = self._training_side()
-        shared = {"group_names": self.lin.groups.names, "group_sizes": self.lin.groups.sizes}
-        if targets == "data":
-            shared["tangent_theta"] = kept.tangent_theta
-            shared["theta_norms"] = self.lin.groups.sum_per_group(self.lin.theta.to(torch.float64).square())
-        offset = kept.offset if targets == "data" else kept.outputs
         if self.is_classification:
             self.curvature = curvature
-            return SoftmaxEvidence(kept.grams, kept.outputs, offset, self.train_targets, curvature, **shared)
-        y = self.train_targets.reshape(-1)
-        return GaussianEvidence(
-            kept.grams, y - offset.reshape(-1), NoiseLink(self.likelihood, len(kept.outputs), self.num_outputs).model(),
-            self.num_outputs, observations=y, **shared,
-        )  # fmt: skip
+        return self._training_side().problem(self.likelihood, self.train_targets, curvature, targets)
 
     def set_hyperparameters(self, precision: Tensor, noise: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
         """Write group precisions (G,) and learned noise variances; return what their constraints let through."""
@@ -319,7 +377,7 @@ class ExactNTKGP(Conditionable, ExactGP):
         stored = self.kernel.precision.detach().clone()
         if noise is None:
             return stored, None
-        return stored, NoiseLink(self.likelihood, len(self.train_inputs[0]), self.num_outputs).write(noise)
+        return stored, NoiseLink(self.likelihood, self._num_data, self.num_outputs).write(noise)
 
     def sample_functions(self, num_samples: int, generator: torch.Generator | None = None) -> FunctionSamples:
         r"""Draw functions from the posterior by Matheron's rule in weight space.
@@ -330,7 +388,8 @@ class ExactNTKGP(Conditionable, ExactGP):
         :param num_samples: S ≥ 1.
         :param generator: makes the draw reproducible; the global random state is used without it.
 
-        Cost: S forward-mode and S backward passes over the training data, O(S·(NC)²); memory S·P.
+        Cost: dual: S forward-mode and S backward passes over the training data, O(S·(NC)²). Primal: O(S·n·P), no pass.
+        Memory S·P.
 
         >>> import gpytorch, ntkgp
         >>> x = torch.randn(10, 2)
@@ -342,55 +401,32 @@ class ExactNTKGP(Conditionable, ExactGP):
         """
         if num_samples < 1:
             raise ValueError(f"num_samples: expected a positive number, got {num_samples}")
-        lin, x = self.lin, self.train_inputs[0]
+        lin = self.lin
         with torch.no_grad():
-            scale = lin.groups.expand(self.kernel.precision.detach().rsqrt())
+            precision = self.kernel.precision.detach()
+            scale = lin.groups.expand(precision.rsqrt())
             draw = torch.randn(
                 num_samples, lin.num_parameters, generator=generator, dtype=torch.float64, device=scale.device
             )
             weights = draw * scale
-            prior = lin.jvp(x, weights).to(torch.float64).flatten(1)
-            dual = self._factors()[0].pathwise(prior, generator)
-            pulled = lin.vjp(x, dual.reshape(num_samples, len(x), -1).to(lin.dtype))
-            weights = weights + pulled.to(torch.float64) * scale.square()
+            side, factors = self._training_side(), self._factors()[0]
+            weights = weights + side.pathwise(weights, precision, factors, generator)
         return FunctionSamples(lin, self._mean_of_now(), weights)
 
 
-def matrices_of_fit(rows: int) -> int:
-    """Bytes of the N·C × N·C matrices that a fit holds beside the Grams: their sum, factors, inverse and workspace."""
-    return 8 * 8 * rows**2
+def _known_size(batches: Batches) -> int | None:
+    """N where it is known before the first pass."""
+    try:
+        return batches.num_data
+    except ValueError:
+        return None
 
 
-@dataclass(frozen=True)
-class _Kept:
-    """What one visit to the training data leaves behind; independent of every hyper-parameter.
+class _Source:
+    """A loader that copies of a model share: data are not copied behind the user's back."""
 
-    :param x: the training inputs, packed.
-    :param grams: K_g, shape (G, N·C, N·C), half of the entries, in memory or on disk.
-    :param outputs: f, shape (N, C).
-    :param offset: f − Jθ̃ as the prior mean gives it, shape (N, C).
-    :param tangent_theta: J_g θ̃_g, shape (G, N·C).
-    :param factors: what the layers saw and what came back to them, where it fits.
-    """
+    def __init__(self, batches: Batches) -> None:
+        self.batches = batches
 
-    x: Tensor
-    grams: SymmetricGrams
-    outputs: Tensor
-    offset: Tensor
-    tangent_theta: Tensor
-    factors: Factors | None
-
-    @classmethod
-    def build(cls, lin: LinearizedNetwork, prior_mean: LinearizedMean, x: Tensor, max_memory: int) -> _Kept:
-        n, groups = len(x) * lin.num_outputs, len(lin.groups)
-        with torch.no_grad():
-            reserved, held = matrices_of_fit(n), SymmetricGrams.size_of(groups, n)
-            storage = "memory" if held + reserved <= max_memory or x.device.type != "cpu" else "disk"
-            taken = reserved + (held if storage == "memory" else 0)
-            factors = lin.factors(x, max_memory) if taken + lin.factors_memory(len(x)) <= max_memory else None
-            grams = lin.symmetric_grams(x if factors is None else factors, max_memory, storage=storage)
-            index = torch.arange(groups, device=lin.theta.device).unsqueeze(-1)
-            masked = lin.theta * (lin.groups.index.to(lin.theta.device) == index)
-            tangent = lin.jvp(x, masked).to(torch.float64).flatten(1)
-            outputs = lin(x).to(torch.float64)
-            return cls(x, grams, outputs, prior_mean(x).reshape_as(outputs), tangent, factors)
+    def __deepcopy__(self, memo: dict[int, Any]) -> _Source:
+        return self

@@ -61,6 +61,23 @@ def learned_on_fixed(likelihood: Likelihood) -> Tensor | None:
     return None if learned is None else learned.noise.detach()
 
 
+def fits_fixed_noise(likelihood: Likelihood, num_rows: int) -> bool:
+    """Whether given noise variances, if there are any, are those of so many inputs."""
+    return not has_fixed_noise(likelihood) or len(likelihood.noise_covar.noise) == num_rows
+
+
+def check_fixed_noise(likelihood: Likelihood, num_rows: int) -> None:
+    """Refuse given noise variances of other inputs.
+
+    :raises ValueError: their number is not N.
+    """
+    if not fits_fixed_noise(likelihood, num_rows):
+        raise ValueError(
+            f"likelihood: fixed noise of {len(likelihood.noise_covar.noise)} inputs, but the training data have N = "
+            f"{num_rows}; assign the variances of the new data to likelihood.noise_covar.noise"
+        )
+
+
 def noise_floor(y: Tensor) -> float:
     r"""Smallest noise variance that targets as recorded allow.
 
@@ -111,6 +128,7 @@ class NoiseLink:
         """The noise of the training data as it is now."""
         likelihood, rows = self._likelihood, self._n * self._c
         if has_fixed_noise(self._likelihood):
+            check_fixed_noise(likelihood, self._n)
             shape = torch.Size((self._n,) if self._c == 1 else (self._n, self._c))
             learned = self._second_noise()
             total = likelihood._shaped_noise_covar(shape).diagonal(dim1=-1, dim2=-2).detach().to(torch.float64)

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import copy
+from functools import partial
 
+import gpytorch
 import pytest
 import torch
 from gpytorch.likelihoods import GaussianLikelihood, MultitaskGaussianLikelihood
@@ -12,6 +14,7 @@ from torch.utils.data import DataLoader, Dataset, IterableDataset, TensorDataset
 
 import ntkgp
 from ntkgp.likelihoods import BernoulliLikelihood, CategoricalLikelihood
+from ntkgp.models import automatic
 from tests import reference as ref
 from tests.architectures import CASES
 
@@ -128,22 +131,85 @@ def test_options_are_passed_on() -> None:
     assert ntkgp.from_network(Two(), (S.x, S.y), output=lambda out: out[0], fit=False).num_outputs == 3
 
 
-def test_too_much_for_exact_inference() -> None:
+def test_too_much_for_exact_inference(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(
-        ValueError, match=r"train_data: .* N·C = 90 .* needs .*iB beside .*; the budget of 100 KiB allows"
-    ):
-        ntkgp.from_network(S.net, (S.x, S.y), max_memory="100KiB")
-    with pytest.raises(ValueError, match=r"N·C up to (\d+)") as caught:
-        ntkgp.from_network(S.net, (S.x, S.y), max_memory="500KiB")
-    largest = int(str(caught.value).partition("N·C up to ")[2].partition(".")[0])
-    rows = largest // 3
-    assert ntkgp.from_network(S.net, (S.x[:rows], S.y[:rows]), max_memory="500KiB").report is not None
+        ValueError, match=r"train_data: .* N·C = 90 .* needs .*iB .* allows N·C up to \d+. Use"
+    ) as caught:
+        ntkgp.from_network(S.net, (S.x, S.y), inference="exact", max_memory="30KiB")
+    assert "30 KiB" in str(caught.value)
+    monkeypatch.setattr(automatic, "_EXACT_FLOPS", 1e4)
+    with pytest.raises(ValueError, match=r"exact inference with N·C = 90, .* takes .* flops, more than 1e\+04"):
+        ntkgp.from_network(S.net, (S.x, S.y), inference="exact")
+
+
+@pytest.mark.parametrize("inference", ["exact", "nystrom", "variational"])
+@pytest.mark.parametrize("held", [True, False])
+def test_every_inference(inference: str, held: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    source = (S.x, S.y) if held else DataLoader(TensorDataset(S.x, S.y), batch_size=7, shuffle=True)
+    if not held:
+        monkeypatch.setattr(automatic, "collect_raw", partial(_nothing_held, automatic.collect_raw))
+    model = ntkgp.from_network(S.net, source, inference=inference)
+    kinds = {"exact": ntkgp.ExactNTKGP, "nystrom": ntkgp.NystromNTKGP, "variational": ntkgp.VariationalNTKGP}
+    assert type(model) is kinds[inference]
+    assert not model.training
+    if inference == "exact":
+        assert model.form == ("dual" if held else "primal") or held
+    latent = model(S.x[:4])
+    assert torch.equal(latent.mean, S.net(S.x[:4]).double())
+    assert bool((latent.variance > 0).all())
+    assert bool((model.likelihood(latent).variance > latent.variance).all())
+    assert model.posterior(S.x[:2]).variance.shape == (2, 3)
+
+
+def _nothing_held(collect, data, limit):
+    return collect(data, limit=0)
+
+
+def test_exact_forms_agree() -> None:
+    loader = DataLoader(TensorDataset(S.x, S.y), batch_size=7)
+    dual = ntkgp.ExactNTKGP(S.x, S.y, likelihood(), lin := ntkgp.LinearizedNetwork(S.net, S.x), form="dual")
+    primal = ntkgp.ExactNTKGP(loader, None, likelihood(), lin)
+    one, two = (ntkgp.fit_evidence(model).log_evidence for model in (dual, primal))
+    assert one == pytest.approx(two, rel=1e-8)
+
+
+def likelihood() -> gpytorch.likelihoods.MultitaskGaussianLikelihood:
+    return gpytorch.likelihoods.MultitaskGaussianLikelihood(num_tasks=3, has_global_noise=False)
+
+
+def test_the_choice(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level("INFO", logger="ntkgp"):
+        model = ntkgp.from_network(S.net, (S.x, S.y), fit=False)
+    assert type(model) is ntkgp.ExactNTKGP
+    assert model.inference_reason.startswith("N·C = 90, P = ")
+    assert f"exact inference: {model.inference_reason}" in caplog.messages
+    monkeypatch.setattr(automatic, "_EXACT_FLOPS", 1e4)
+    model = ntkgp.from_network(S.net, (S.x, S.y), fit=False)
+    assert type(model) is ntkgp.NystromNTKGP
+    assert "takes" in model.inference_reason
+    assert "30 landmarks, 90 features" in model.inference_reason
+    assert model.residual
+    monkeypatch.setattr(automatic, "nystrom_sizes", lambda lin, n: (30, 10**6))
+    model = ntkgp.from_network(S.net, (S.x, S.y), fit=False, max_memory="64MiB")
+    assert type(model) is ntkgp.VariationalNTKGP
+    assert "for a Nyström kernel" in model.inference_reason
+
+
+def test_classification_by_each_inference() -> None:
+    labels = S.y.argmax(-1)
+    reference = ntkgp.from_network(S.net, (S.x, labels), "classification")
+    for inference in ("nystrom", "variational"):
+        model = ntkgp.from_network(S.net, (S.x, labels), "classification", inference)
+        probabilities = model.likelihood(model(S.x)).probs
+        assert torch.allclose(probabilities.sum(-1), torch.ones(len(S.x), dtype=torch.float64))
+        expected = reference.likelihood(reference(S.x)).probs
+        assert float((probabilities - expected).abs().max()) < 0.2
 
 
 @pytest.mark.parametrize(
     ("data", "kwargs", "kind", "words"),
     [
-        ((S.x, S.y), {"inference": "nystrom"}, ValueError, "inference: expected 'auto' or 'exact', got 'nystrom'"),
+        ((S.x, S.y), {"inference": "sparse"}, ValueError, "inference: expected one of .*'nystrom'.*, got 'sparse'"),
         ((S.x, S.y), {"likelihood": "poisson"}, ValueError, "likelihood: expected 'regression'.*got 'poisson'"),
         (S.x, {}, TypeError, "train_data: expected .* got Tensor"),
         ((S.x, S.y, S.y), {}, TypeError, "train_data: expected .* got tuple"),

@@ -172,7 +172,12 @@ def test_raw_data_is_collected() -> None:
         def __getitem__(self, i: int) -> tuple[Tensor, int]:
             return torch.full((3,), float(i)), i
 
-    x, y = collect_raw(Rows())
+    x, y, example = collect_raw(Rows())
+    assert torch.equal(example, x)
+    streamed = collect_raw(DataLoader(Rows(), batch_size=2), limit=30)
+    assert streamed.x is None
+    assert torch.equal(streamed.y, y)
+    assert torch.equal(streamed.example, x[:2])
     assert torch.equal(y, torch.arange(5))
     assert x.shape == (5, 3)
     with pytest.raises(TypeError, match="train_data: expected"):

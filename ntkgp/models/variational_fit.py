@@ -1,0 +1,406 @@
+"""Fits of variational models: evidence, closed form, collapsed bound, minibatches."""
+
+from __future__ import annotations
+
+import copy
+import math
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import scipy.optimize
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from ntkgp.models.batches import Batches
+from ntkgp.models.expectations import gaussian_term, noise_block
+from ntkgp.models.noise import NoiseLink
+from ntkgp.models.optimum import CollapsedObjective, Statistics, predictive_scores
+
+if TYPE_CHECKING:
+    from ntkgp.evidence.report import EvidenceReport
+    from ntkgp.models.variational import VariationalNTKGP
+
+_EPOCHS = 20
+_COLLAPSED_STEPS = 120
+_EVIDENCE = ("auto", "subset", "bound", "validation", None)
+_SCALES = tuple(10 ** (i / 6) for i in range(-24, 13))
+_SHUFFLE = 1
+_FLAT = 1e-9  # relative gain of a step of the collapsed bound below which it has converged
+
+
+@dataclass
+class FitHistory:
+    """What a fit did.
+
+    :ivar stages: what was run, in order: "evidence", "bound", "validation", "optimum", "collapsed",
+        "minibatches".
+    :ivar objective: objective of all data in nats after each step (an estimate of it for minibatches).
+    :ivar validation: mean predictive log-likelihood of the validation data, the start first.
+    :ivar evidence: report of the evidence on a part of the data.
+    :ivar interrupted: whether the fit was cut short by the keyboard.
+    :ivar seconds: wall-clock time.
+    """
+
+    stages: list[str] = field(default_factory=list)
+    objective: list[float] = field(default_factory=list)
+    validation: list[float] = field(default_factory=list)
+    evidence: EvidenceReport | None = None
+    interrupted: bool = False
+    seconds: float = 0.0
+
+
+@dataclass(frozen=True)
+class _Plan:
+    """Arguments of a fit."""
+
+    epochs: int | None
+    iterations: int | None
+    learning_rate: float
+    patience: int
+    seed: int
+    progress: bool
+
+    def __post_init__(self) -> None:
+        for name in ("epochs", "iterations", "patience"):
+            value = getattr(self, name)
+            if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < 1):
+                raise ValueError(f"{name}: expected a positive integer, got {value!r}")
+        if self.epochs is not None and self.iterations is not None:
+            raise ValueError("epochs, iterations: expected one of the two, got both")
+        if not (isinstance(self.learning_rate, int | float) and 0 < self.learning_rate < math.inf):
+            raise ValueError(f"learning_rate: expected a positive number, got {self.learning_rate!r}")
+
+
+def fit_variational(
+    model: VariationalNTKGP, train_data: Any, *, epochs: int | None, iterations: int | None, learning_rate: float,
+    batch_size: int | None, validation: Any, patience: int, evidence: str | None, evidence_rows: int, seed: int,
+    progress: bool,
+) -> VariationalNTKGP:  # fmt: skip
+    """See :meth:`ntkgp.VariationalNTKGP.fit`."""
+    plan = _Plan(epochs, iterations, learning_rate, patience, seed, progress)
+    if evidence not in _EVIDENCE:
+        raise ValueError(f"evidence: expected one of {_EVIDENCE}, got {evidence!r}")
+    if evidence == "validation" and validation is None:
+        raise ValueError("evidence='validation' needs validation data, got validation=None")
+    if evidence in _EVIDENCE[1:4] and not model.products.is_tangent:
+        raise ValueError(f"evidence={evidence!r} is that of the tangent kernel; this model has another kernel")
+    started = time.perf_counter()
+    batches = model._batches(train_data, batch_size)
+    try:
+        known = batches.num_data
+    except ValueError:  # not before the first pass
+        known = model.num_data
+    _check_length(model, known)
+    held_out = None if validation is None else model._batches(validation, batch_size, "validation")
+    history = model.history = FitHistory()
+    if evidence == "auto":
+        evidence = _automatic(model, evidence_rows, held_out is not None)
+    with _fitting(model):
+        run = _Run(model, batches, held_out, plan, history, isinstance(train_data, tuple | list))
+        try:
+            if evidence is not None:
+                _fit_evidence(model, batches, evidence_rows, plan, history)
+            run(rescale=evidence if evidence in ("bound", "validation") else None)
+        except KeyboardInterrupt:
+            history.interrupted = True
+        finally:
+            run.restore()
+            history.seconds = time.perf_counter() - started
+    model._data = batches
+    return model
+
+
+def _check_length(model: VariationalNTKGP, num_data: int) -> None:
+    if num_data != model.num_data:
+        raise ValueError(f"train_data: has N = {num_data} rows, the model was made for {model.num_data}")
+
+
+@contextmanager
+def _fitting(model: VariationalNTKGP) -> Iterator[None]:
+    """The model in train mode, whatever the caller's gradient mode; in eval mode afterwards."""
+    model._fitting = True
+    model.train()
+    try:
+        with torch.inference_mode(False), torch.enable_grad():
+            yield
+    finally:
+        model._fitting = False
+        model.objective.generator = None
+        model.eval()
+
+
+def _automatic(model: VariationalNTKGP, rows: int, validated: bool) -> str | None:
+    """How hyper-parameters are found: not at all if they are learned, or no longer what they were made with."""
+    if not model.products.is_tangent or model.learn_hyperparameters or not bool((model.kernel.precision == 1).all()):
+        return None
+    if validated:
+        return "validation"
+    # The optimum for a part of the data leaves too much prior variance where few inducing inputs stand for many.
+    return "subset" if model.num_data <= rows // model.num_outputs else "bound"
+
+
+def _fit_evidence(
+    model: VariationalNTKGP, batches: Batches, rows: int, plan: _Plan, history: FitHistory
+) -> None:  # fmt: skip
+    """Precisions and noise by the exact evidence on a random part of the data."""
+    from ntkgp.evidence import fit_evidence
+    from ntkgp.models.exact import ExactNTKGP
+
+    x, y = _sample(batches, max(1, rows // model.num_outputs), plan.seed)
+    exact = ExactNTKGP(x, y, copy.deepcopy(model.likelihood), model.lin, max_memory=model.max_memory)
+    history.evidence = fit_evidence(exact, progress=plan.progress)
+    noise = history.evidence.noise
+    model.set_hyperparameters(history.evidence.precision, noise if noise.numel() else None)
+    model.reset_variational()
+    history.stages.append("evidence")
+
+
+def _sample(batches: Batches, count: int, seed: int) -> tuple[Tensor, Tensor]:
+    """At most `count` rows of one pass, all alike likely (reservoir sampling)."""
+    generator = torch.Generator().manual_seed(seed)
+    kept: tuple[Tensor, Tensor, Tensor] | None = None
+    for x, y in batches:
+        key = torch.rand(len(x), generator=generator, dtype=torch.float64).to(x.device)
+        joined = (x, y, key) if kept is None else tuple(torch.cat(pair) for pair in zip(kept, (x, y, key), strict=True))
+        chosen = joined[2].topk(min(count, len(joined[2])), largest=False).indices.sort().values
+        kept = joined[0][chosen], joined[1][chosen], joined[2][chosen]
+    assert kept is not None
+    return kept[0], kept[1]
+
+
+class _Run:
+    """One fit of L, the inducing inputs and perhaps hyper-parameters."""
+
+    def __init__(
+        self, model: VariationalNTKGP, batches: Batches, held_out: Batches | None, plan: _Plan, history: FitHistory,
+        in_memory: bool,
+    ) -> None:  # fmt: skip
+        self.model, self.batches, self.held_out, self.plan, self.history = model, batches, held_out, plan, history
+        self.in_memory = in_memory
+        self.best: tuple[float, dict[str, Tensor]] | None = None
+
+    def __call__(self, rescale: str | None = None) -> None:
+        model = self.model
+        self._optimum(rescale)
+        closed = model.objective.is_closed_form and not model.learn_hyperparameters
+        learned = model.inducing_points.requires_grad
+        if closed and not learned:
+            return
+        if closed and model.products.fits(model.num_data, len(model.inducing_points)):
+            self._collapsed()
+        else:
+            self._minibatches()
+            self.restore()
+        if closed:
+            self._optimum()
+
+    def restore(self) -> None:
+        """The state with the best validation score, where there is one."""
+        if self.best is not None:
+            self.model.load_state_dict(self.best[1])
+
+    def _optimum(self, rescale: str | None = None) -> None:
+        found = self.model.statistics(self.batches, progress=self.plan.progress)
+        _check_length(self.model, found.num_data)
+        if rescale == "bound":
+            found = self._rescaled(found)
+        elif rescale == "validation":
+            found = self._validated(found)
+        self.model.adopt(found)
+        self.history.stages.append("optimum")
+        if self.model.objective.is_closed_form and not self.model.learn_hyperparameters:
+            self.history.objective.append(found.fixed_mean_bound())
+        self._validate()
+
+    def _rescaled(self, found: Statistics) -> Statistics:
+        """Kernel and noise times what maximises the collapsed bound of all data; written to the model."""
+        model = self.model
+        noise = None if model.is_classification else NoiseLink(model.likelihood, 1, model.num_outputs).model().values
+        kernel_scale, noise_scale = found.best_scales(learn_noise=noise is not None)
+        wanted = None if noise is None else noise * noise_scale
+        _, stored = model.set_hyperparameters(model.kernel.precision.detach() / kernel_scale, wanted)
+        self.history.stages.append("bound")
+        if wanted is not None and stored is not None and not torch.allclose(stored, wanted, rtol=1e-9, atol=0):
+            return model.statistics(self.batches, progress=self.plan.progress)
+        return found.rescaled(kernel_scale, noise_scale)
+
+    def _validated(self, found: Statistics) -> Statistics:
+        """Kernel times what predicts the validation data best; written to the model."""
+        model = self.model
+        assert self.held_out is not None
+        scores = predictive_scores(model, found, self.held_out, _SCALES)
+        best = _SCALES[int(scores.argmax())]
+        model.set_hyperparameters(model.kernel.precision.detach() / best)
+        self.history.stages.append("validation")
+        return found.rescaled(best)
+
+    def _validate(self) -> bool:
+        """Score the present state; whether it is worse than the best."""
+        if self.held_out is None:
+            return False
+        model = self.model
+        total = count = 0.0
+        model.eval()
+        with torch.no_grad():
+            for x, y in self.held_out:
+                latent = model(x)
+                if model.is_classification:
+                    total += float(model.likelihood.log_marginal(y, latent).sum())
+                else:
+                    total += float(_log_density(model, latent, y))
+                count += len(x)
+        model.train()
+        score = total / count
+        self.history.validation.append(score)
+        if self.best is not None and score <= self.best[0]:
+            return True
+        self.best = score, {name: value.detach().clone() for name, value in model.state_dict().items()}
+        return False
+
+    def _collapsed(self) -> None:
+        """L-BFGS on the collapsed bound over the inducing inputs, in units of their spread."""
+        model, history = self.model, self.history
+        x, y = self.batches.collect()
+        objective = CollapsedObjective(model, x, y)
+        parameter = model.inducing_points
+        unit = _spread(x)
+        best = parameter.detach().clone(), -math.inf
+        steps = self.plan.iterations or self.plan.epochs or _COLLAPSED_STEPS
+        history.stages.append("collapsed")
+        bar = tqdm(total=steps, desc="inducing inputs", disable=not self.plan.progress)
+
+        def evaluate(point: np.ndarray) -> tuple[float, np.ndarray]:
+            nonlocal best
+            z = (torch.from_numpy(point).to(parameter).reshape(parameter.shape) * unit).requires_grad_()
+            value = objective(z)
+            if not bool(torch.isfinite(value)):
+                return 1e300, np.zeros_like(point)
+            (gradient,) = torch.autograd.grad(value, z)
+            found = float(value.detach())
+            if found > best[1]:
+                best = z.detach(), found
+            return -found, -(gradient * unit).reshape(-1).cpu().numpy()
+
+        def record(_: np.ndarray) -> None:
+            history.objective.append(best[1])
+            bar.set_postfix(objective=f"{best[1]:.2f}")
+            bar.update()
+
+        try:
+            scipy.optimize.minimize(
+                evaluate, (parameter.detach() / unit).reshape(-1).cpu().numpy(), jac=True, method="L-BFGS-B",
+                callback=record, options={"maxiter": steps, "maxfun": 2 * steps, "ftol": _FLAT, "gtol": 0.0},
+            )  # fmt: skip
+        except KeyboardInterrupt:
+            history.interrupted = True
+        finally:
+            bar.close()
+            with torch.no_grad():
+                parameter.copy_(best[0])
+
+    def _minibatches(self) -> None:
+        """Adam on an unbiased estimate of the objective."""
+        model, plan = self.model, self.plan
+        self.history.stages.append("minibatches")
+        model.objective.generator = torch.Generator(model.inducing_points.device).manual_seed(plan.seed)
+        optimizer = torch.optim.Adam(self._parameter_groups(), betas=(0.9, 0.99))
+        per_epoch = self._batches_per_epoch()
+        total = plan.iterations or (plan.epochs or _EPOCHS) * per_epoch
+        schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, total)
+        stale = done = 0
+        with tqdm(total=total, desc="fit", disable=not plan.progress) as bar:
+            while done < total:
+                sums, seen = 0.0, 0
+                for x, y in self._shuffled(done):
+                    optimizer.zero_grad()
+                    value = batch_objective(model, x, y)
+                    if not bool(torch.isfinite(value)):
+                        raise FloatingPointError(f"the objective became {float(value.detach())}; lower learning_rate")
+                    (-value / model.num_data).backward()
+                    optimizer.step()
+                    schedule.step()
+                    sums, seen, done = sums + float(value.detach()) * len(x), seen + len(x), done + 1
+                    bar.update()
+                    if done == total:
+                        break
+                self.history.objective.append(sums / seen)
+                bar.set_postfix(objective=f"{sums / seen:.2f}")
+                stale = stale + 1 if self._validate() else 0
+                if stale >= plan.patience:
+                    break
+
+    def _batches_per_epoch(self) -> int:
+        try:
+            return len(self.batches)
+        except TypeError:  # a stream of data
+            return sum(1 for _ in self.batches)
+
+    def _shuffled(self, step: int) -> Iterator[tuple[Tensor, Tensor]]:
+        """One epoch; tensors in a new order each time, loaders as they come."""
+        if not self.in_memory:
+            yield from self.batches
+            return
+        x, y = self.batches.collect()
+        generator = torch.Generator().manual_seed(_SHUFFLE + self.plan.seed + step)
+        size = -(-len(x) // len(self.batches))
+        for rows in torch.randperm(len(x), generator=generator).to(x.device).split(size):
+            yield x[rows], y[rows]
+
+    def _parameter_groups(self) -> list[dict[str, Any]]:
+        """What is learned, with steps relative to its size."""
+        model, rate = self.model, self.plan.learning_rate
+        strategy = model.variational_strategy
+        groups = [{"params": [strategy.variational_root], "lr": rate * _size(strategy.variational_root)}]
+        if model.inducing_points.requires_grad:
+            unit = float(_spread(model.inducing_points.detach()).mean())
+            groups.append({"params": [model.inducing_points], "lr": rate * unit})
+        if model.learn_hyperparameters:
+            groups.append({"params": [model.dual_mean], "lr": rate * _size(model.dual_mean)})
+            learned = [p for p in (*model.kernel.parameters(), *model.likelihood.parameters()) if p.requires_grad]
+            if learned:
+                groups.append({"params": learned, "lr": rate})
+        return groups
+
+
+def batch_objective(model: VariationalNTKGP, x: Tensor, y: Tensor) -> Tensor:
+    """Unbiased estimate of the objective of all data, with a graph to what is learned.
+
+    With learned hyper-parameters a second process of the same covariance, whose mean is free and pays ½ aᵀK_Z a, is
+    fitted to the same data: it ties the kernel's scale and the noise to them (Ortega et al. 2024b).
+    """
+    strategy = model.variational_strategy
+    found, cross = strategy.reduction(), strategy.cross(x)
+    root, scale = cross @ found.root, model.num_data / len(x)
+    value = scale * model.objective.terms(model, x, y, root, None).sum() - found.kl
+    if not model.learn_hyperparameters:
+        return value
+    mean = model.prior_mean(x) + (cross @ model.dual_mean).reshape(len(x), -1)
+    price = 0.5 * model.dual_mean @ found.gram @ model.dual_mean
+    return value + scale * model.objective.terms(model, x, y, root, mean).sum() - found.kl - price
+
+
+def _log_density(model: VariationalNTKGP, latent: Any, y: Tensor) -> Tensor:
+    """Sum over the points of log N(y; m, V + D)."""
+    c = model.num_outputs
+    mean = latent.mean.reshape(len(y), c)
+    blocks = latent.lazy_covariance_matrix.point_blocks(c)
+    return gaussian_term(y.reshape(mean.shape) - mean, blocks, noise_block(model.likelihood, c), 1.0).sum()
+
+
+def _spread(x: Tensor) -> Tensor:
+    """Standard deviation of each column, (D,), of all together where it is zero."""
+    if len(x) < 2:
+        return torch.ones_like(x[0])
+    each, overall = x.std(0), x.std()
+    return torch.where(each > 0, each, overall.clamp_min(1e-12))
+
+
+def _size(parameter: Tensor) -> float:
+    """Root mean square, one where it is zero."""
+    size = float(parameter.detach().square().mean().sqrt())
+    return size if size > 0 else 1.0
