@@ -35,7 +35,7 @@ from ntkgp.evaluation.divergence import gaussian_kl
 from ntkgp.evaluation.plots import new_figure, predictive_bands
 from ntkgp.evaluation.training import seeded, train
 from ntkgp.evidence import one_pass
-from ntkgp.models.inducing import kmeans_inducing_points
+from ntkgp.models.variational import kmeans_inducing_points
 
 SMOKE = bool(os.environ.get("SMOKE_TEST"))  # fewer data where only the code is checked
 

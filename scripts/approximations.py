@@ -28,9 +28,8 @@ import ntkgp
 from ntkgp.evaluation.divergence import gaussian_kl
 from ntkgp.evaluation.plots import new_figure, predictive_bands
 from ntkgp.evaluation.training import seeded
-from ntkgp.models.inducing import kmeans_inducing_points
 from ntkgp.models.nystrom import NystromNTKGP
-from ntkgp.models.variational import VariationalNTKGP
+from ntkgp.models.variational import VariationalNTKGP, kmeans_inducing_points
 
 SIZES = (5, 10, 20, 50)
 ELLA_SEEDS = 20

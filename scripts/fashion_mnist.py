@@ -30,9 +30,8 @@ import ntkgp
 from ntkgp.evaluation.metrics import accuracy, categorical_nll, expected_calibration_error, ood_auc, predictive_entropy
 from ntkgp.evaluation.plots import new_figure, reliability_diagram
 from ntkgp.evaluation.training import seeded
-from ntkgp.models.inducing import kmeans_inducing_points
 from ntkgp.models.nystrom import NystromNTKGP
-from ntkgp.models.variational import VariationalNTKGP
+from ntkgp.models.variational import VariationalNTKGP, kmeans_inducing_points
 
 BATCH = 500
 VALIDATION = 5000

@@ -22,10 +22,9 @@ from ntkgp.models.batches import Batches, collect_raw
 from ntkgp.models.dual import matrices_of_fit
 from ntkgp.models.exact import ExactNTKGP
 from ntkgp.models.forms import choose_form
-from ntkgp.models.inducing import kmeans_inducing_points
 from ntkgp.models.noise import has_fixed_noise, is_classification, noise_floor
 from ntkgp.models.nystrom import NystromNTKGP
-from ntkgp.models.variational import VariationalNTKGP
+from ntkgp.models.variational import VariationalNTKGP, kmeans_inducing_points
 
 logger = logging.getLogger("ntkgp")
 

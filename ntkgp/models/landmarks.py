@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ntkgp.linearization import LinearizedNetwork
 from ntkgp.linearization.memory import format_memory
-from ntkgp.models.inducing import kmeans_inducing_points
+from ntkgp.models.variational.inducing import kmeans_inducing_points
 
 SELECTIONS = ("random", "balanced", "kmeans", "greedy")
 # Candidates per landmark that k-means and the greedy choice look at.

@@ -25,10 +25,9 @@ import ntkgp
 from ntkgp.kernels import NeuralTangentKernel, SharedKernel
 from ntkgp.likelihoods import BernoulliLikelihood, CategoricalLikelihood, point_covariances
 from ntkgp.models.batches import Batches
-from ntkgp.models.inducing import kmeans_inducing_points
-from ntkgp.models.optimum import predictive_scores
-from ntkgp.models.variational import VariationalNTKGP
-from ntkgp.models.variational_fit import batch_objective
+from ntkgp.models.variational import VariationalNTKGP, kmeans_inducing_points
+from ntkgp.models.variational.fit import batch_objective
+from ntkgp.models.variational.optimum import predictive_scores
 from tests import reference as ref
 
 DOUBLE = torch.float64
@@ -413,7 +412,7 @@ def test_fit_moves_inducing_inputs_to_a_better_bound(case: Case) -> None:
 
 def test_minibatch_fit_approaches_the_closed_form() -> None:
     """Adam on L alone from a wrong start, with the objective that has a known optimum."""
-    from ntkgp.models.variational_fit import FitHistory, _Plan, _Run
+    from ntkgp.models.variational.fit import FitHistory, _Plan, _Run
 
     case = Case(1)
     model = case.model()
@@ -557,7 +556,7 @@ def test_validation_restores_the_best_state() -> None:
 def test_an_interrupt_keeps_a_consistent_model(monkeypatch: pytest.MonkeyPatch) -> None:
     case = Case(1)
     model = case.model(learn_inducing=True, objective=1.0).train(False)
-    from ntkgp.models import variational_fit
+    from ntkgp.models.variational import fit as variational_fit
 
     calls = iter(range(100))
 

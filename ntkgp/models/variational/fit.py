@@ -17,9 +17,9 @@ from torch import Tensor
 from tqdm import tqdm
 
 from ntkgp.models.batches import Batches
-from ntkgp.models.expectations import gaussian_term, noise_block
 from ntkgp.models.noise import NoiseLink
-from ntkgp.models.optimum import CollapsedObjective, Statistics, predictive_scores
+from ntkgp.models.variational.expectations import gaussian_term, noise_block
+from ntkgp.models.variational.optimum import CollapsedObjective, Statistics, predictive_scores
 
 if TYPE_CHECKING:
     from ntkgp.evidence.report import EvidenceReport

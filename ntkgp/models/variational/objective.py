@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from ntkgp.models.expectations import curvature_term, gaussian_term, noise_block, probit_term, sampled_term
+from ntkgp.models.variational.expectations import curvature_term, gaussian_term, noise_block, probit_term, sampled_term
 
 if TYPE_CHECKING:
     from ntkgp.models.variational import VariationalNTKGP

@@ -11,7 +11,7 @@ from linear_operator.operators import LinearOperator, MatmulLinearOperator
 from torch import Tensor
 
 from ntkgp.models.posterior import PosteriorCovariance
-from ntkgp.models.products import point_blocks
+from ntkgp.models.variational.products import point_blocks
 
 if TYPE_CHECKING:
     from ntkgp.models.variational import VariationalNTKGP

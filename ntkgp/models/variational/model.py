@@ -22,14 +22,14 @@ from ntkgp.linearization.memory import parse_memory
 from ntkgp.means import LinearizedMean, NetworkMean
 from ntkgp.models.batches import Batches
 from ntkgp.models.conditioned import Conditionable
-from ntkgp.models.inducing import checked_inducing_points, checked_output_index
 from ntkgp.models.noise import NoiseLink, has_fixed_noise, is_classification, prepare_likelihood
-from ntkgp.models.objective import Objective
-from ntkgp.models.optimum import Statistics, gather
 from ntkgp.models.paths import FixedMean, FunctionSamples
-from ntkgp.models.products import KernelProducts
-from ntkgp.models.strategy import FixedMeanStrategy
-from ntkgp.models.variational_fit import FitHistory, fit_variational
+from ntkgp.models.variational.fit import FitHistory, fit_variational
+from ntkgp.models.variational.inducing import checked_inducing_points, checked_output_index
+from ntkgp.models.variational.objective import Objective
+from ntkgp.models.variational.optimum import Statistics, gather
+from ntkgp.models.variational.products import KernelProducts
+from ntkgp.models.variational.strategy import FixedMeanStrategy
 
 _MEANS = ("network", "posterior")
 
@@ -50,7 +50,7 @@ class VariationalNTKGP(Conditionable, ApproximateGP):
     of your own. The variance is no bound of the exact one in either direction.
 
     :param inducing_points: M inputs as the network takes them, or packed; see
-        :func:`~ntkgp.models.inducing.kmeans_inducing_points`.
+        :func:`~ntkgp.models.variational.inducing.kmeans_inducing_points`.
     :param likelihood: as of :class:`~ntkgp.ExactNTKGP`, but noise given per training point.
     :param lin: the linearised network.
     :param num_data: N, the number of training points that a minibatch stands for.

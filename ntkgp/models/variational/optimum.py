@@ -17,8 +17,14 @@ from ntkgp.evidence.streaming import add_square
 from ntkgp.likelihoods import whitened_targets
 from ntkgp.linearization.grams.factors import Factors
 from ntkgp.models.batches import Batches
-from ntkgp.models.expectations import curvature_rows, curvature_term, gaussian_term, noise_block, probit_term
-from ntkgp.models.products import KernelProducts
+from ntkgp.models.variational.expectations import (
+    curvature_rows,
+    curvature_term,
+    gaussian_term,
+    noise_block,
+    probit_term,
+)
+from ntkgp.models.variational.products import KernelProducts
 
 if TYPE_CHECKING:
     from ntkgp.models.variational import VariationalNTKGP
