@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from ntkgp.evidence.ascent import Optimum
 from ntkgp.evidence.bounds import evidence_bounds
+from ntkgp.evidence.factory import evidence_objective
 from ntkgp.evidence.fit import fit_evidence, fit_problem
 from ntkgp.evidence.fixed_point import fixed_point
 from ntkgp.evidence.gradient import lbfgs
 from ntkgp.evidence.newton import DualMode, dual_mode
-from ntkgp.evidence.objective import Evaluation, EvidenceObjective, evidence_objective
+from ntkgp.evidence.objective import Evaluation, EvidenceObjective
 from ntkgp.evidence.problem import GaussianEvidence, NoiseModel, SoftmaxEvidence
 from ntkgp.evidence.report import EvidenceReport
 from ntkgp.evidence.sampled import SampledEvidence, sampled_evidence

@@ -12,9 +12,10 @@ import torch
 from torch import Tensor
 
 from ntkgp.evidence.ascent import PRUNED_DIMENSION, Optimum
+from ntkgp.evidence.factory import evidence_objective
 from ntkgp.evidence.fixed_point import fixed_point
 from ntkgp.evidence.gradient import lbfgs
-from ntkgp.evidence.objective import EvidenceObjective, MapObjective, evidence_objective
+from ntkgp.evidence.objective import EvidenceObjective, MapObjective
 from ntkgp.evidence.problem import AnyProblem, GaussianEvidence, SoftmaxEvidence
 from ntkgp.evidence.report import EvidenceReport
 

@@ -19,7 +19,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ntkgp.evidence.objective import Evaluation, EvidenceObjective, GaussianObjective, MapObjective
+from ntkgp.evidence.gaussian import GaussianObjective
+from ntkgp.evidence.objective import Evaluation, EvidenceObjective, MapObjective
 from ntkgp.evidence.problem import NoiseModel
 from ntkgp.evidence.stack import GramStack, gram_stack
 from ntkgp.evidence.system import LinearSystem, Solution, SpectralSystem, linear_system

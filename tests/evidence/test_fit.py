@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from ntkgp.evidence import GaussianEvidence, NoiseModel, evidence_objective, fit_evidence, fit_problem
-from ntkgp.evidence.objective import SoftmaxObjective
+from ntkgp.evidence.softmax import SoftmaxObjective
 from tests.evidence import dense
 
 ROWS = 48

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from ntkgp.evidence import SoftmaxEvidence, dual_mode, evidence_objective
 from ntkgp.evidence.blocks import apply_factor, apply_factor_transpose, project
 from ntkgp.evidence.newton import NewtonSystem
-from ntkgp.evidence.objective import SoftmaxObjective
+from ntkgp.evidence.softmax import SoftmaxObjective
 from ntkgp.likelihoods import curvature_factor
 from tests.evidence import dense
 
