@@ -140,7 +140,7 @@ SUMMARY = ("net", "N", "vmap(jacrev)", "nngeometry or laplace-torch", "neural-ta
 def summary(rows: Sequence[Row]) -> list[tuple[str, ...]]:
     """Per cell: how many times slower the peers are than the float32 Grams, and the ratio to the FLOP limit.
 
-    Each entry reads ``reached (asked)``; a peer that failed is given with its reason.
+    Each entry reads ``reached (asked)``; a peer that failed is given with its reason, several of them in a word.
     """
     lines: list[tuple[str, ...]] = []
     for ours in (row for row in rows if row.method == BASELINE and row.counts):
@@ -168,8 +168,9 @@ def _ratio(ours: Row, peers: Sequence[Row | None], asked: float | None) -> str:
         best = min(right, key=lambda peer: peer.seconds)
         name = f" {best.method}" if len(peers) > 1 else ""
         return f"{number(best.seconds / ours.seconds)}{name}{suffix}"
-    reasons = dict.fromkeys(peer.failure or "wrong values" for peer in present)
-    return ("; ".join(reasons) or "–") + suffix
+    if len(present) > 1:
+        return f"none got there{suffix}"
+    return "".join(peer.failure or "wrong values" for peer in present) + suffix or "–"
 
 
 def write_csv(path: Path, rows: Sequence[Row]) -> None:

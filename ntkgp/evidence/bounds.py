@@ -15,7 +15,7 @@ import torch
 from linear_operator.operators import LinearOperator
 from torch import Tensor
 
-from ntkgp.evidence.newton_cg import iterative_mode
+from ntkgp.evidence.newton_cg import CURVATURE_TOLERANCE, iterative_mode
 from ntkgp.evidence.problem import GaussianEvidence, SoftmaxEvidence
 from ntkgp.likelihoods import curvature_factor, whitened_targets
 from ntkgp.solvers import NystromPreconditioner, WhitenedSystem, solve
@@ -262,6 +262,7 @@ class EvidenceSystem:
     :param offset: m0, shape (N, C), of a classification's true loss.
     :param labels: shape (N,), likewise.
     :param unit: relative rounding of products with K.
+    :param curvature_slack: r with :math:`e^{-r}B \preceq B_\star \preceq e^rB` for a curvature taken near the mode.
     """
 
     system: WhitenedSystem
@@ -270,6 +271,7 @@ class EvidenceSystem:
     offset: Tensor | None = None
     labels: Tensor | None = None
     unit: float = 2.0**-52
+    curvature_slack: float = 0.0
 
     @classmethod
     def gaussian(cls, system: WhitenedSystem, targets: Tensor, unit: float = 2.0**-52) -> EvidenceSystem:
@@ -293,10 +295,12 @@ class EvidenceSystem:
             whitened = whitened_targets(logits, labels, offset)
             constant = float(whitened.constant) - 0.5 * system.size * math.log(2.0 * math.pi)
             return cls(system, constant, whitened.targets.reshape(-1), unit=unit)
+        slack = 0.0
         if variant == "full":
-            mode = iterative_mode(system, offset, labels)
+            mode = iterative_mode(system, offset, labels, tolerance=CURVATURE_TOLERANCE)
+            slack = mode.curvature_slack(system.blocks)
             system = replace(system, factor=curvature_factor(mode.logits))
-        return cls(system, offset=offset, labels=labels, unit=unit)
+        return cls(system, offset=offset, labels=labels, unit=unit, curvature_slack=slack)
 
     @classmethod
     def of_problem(
@@ -326,6 +330,9 @@ class EvidenceSystem:
         low, high = logdet_bounds(nystrom, self.system.diagonal().sum())
         pointwise = self.system.pointwise_logdet()
         high = torch.minimum(high, pointwise + _ROUNDING * 2.0**-52 * (pointwise.abs() + self.system.size))
+        # log(1 + eʳx) − log(1 + x) ≤ (eʳ − 1) x / (1 + x) ≤ (eʳ − 1) log(1 + x) for every eigenvalue x.
+        slack = math.expm1(self.curvature_slack) * high
+        low, high = low - slack, high + slack
         if self.targets is None:
             assert self.offset is not None
             assert self.labels is not None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, replace
 
 import torch
@@ -11,6 +12,8 @@ from torch.nn.functional import logsigmoid
 from ntkgp.likelihoods import curvature_factor, log_likelihood, residual
 from ntkgp.solvers import WhitenedSystem, solve
 
+# Accuracy of a mode at which the curvature is taken.
+CURVATURE_TOLERANCE = 1e-10
 _MAX_STEPS = 60
 _MAX_HALVINGS = 30
 _ROUNDING = 64.0 * torch.finfo(torch.float64).eps
@@ -27,6 +30,8 @@ class IterativeMode:
     :param upper: Fenchel's dual value :math:`\alpha^\top m_0 + \tfrac12\alpha^\top K\alpha - \sum_n H(p_n)` at
         :math:`\alpha = \mathrm{onehot}(y) - p`, at least that maximum.
     :param steps: Newton steps.
+    :param distance: upper bound of :math:`\|\theta - \theta_\star\|_\Lambda`: the objective is strongly convex, so that
+        it is at most the norm of the gradient, and the root of twice the gap of the values.
     """
 
     alpha: Tensor
@@ -35,6 +40,17 @@ class IterativeMode:
     lower: float
     upper: float
     steps: int
+    distance: float
+
+    def curvature_slack(self, blocks: Tensor) -> float:
+        r"""R with :math:`e^{-r}B \preceq B_\star \preceq e^rB`, B the curvature at these logits, B⋆ that at the mode.
+
+        No logit is further from its value at the mode than d, the distance times the root of its prior variance, and
+        the curvature of a softmax changes by a factor of at most :math:`e^{2d}` on the way.
+
+        :param blocks: K(x_n, x_n), shape (N, C, C).
+        """
+        return 2.0 * self.distance * math.sqrt(float(blocks.diagonal(dim1=-2, dim2=-1).max()))
 
 
 def iterative_mode(
@@ -103,8 +119,10 @@ def iterative_mode(
     lower = torch.stack([log_likelihood(logits, labels).sum(), -0.5 * (alpha @ image)])
     upper = torch.stack([dual @ offset.reshape(-1), 0.5 * (dual @ k(dual)), -_entropy(logits)])
     slack = [_ROUNDING * float(terms.abs().sum()) for terms in (lower, upper)]
-    gap = float((dual - alpha).abs().max())
-    return IterativeMode(alpha, logits, gap, float(lower.sum()) - slack[0], float(upper.sum()) + slack[1], steps)
+    missing = dual - alpha
+    least, most = float(lower.sum()) - slack[0], float(upper.sum()) + slack[1]
+    distance = math.sqrt(max(min(2.0 * (most - least), float(missing @ k(missing))), 0.0))
+    return IterativeMode(alpha, logits, float(missing.abs().max()), least, most, steps, distance)
 
 
 def _step_size(

@@ -224,9 +224,11 @@ def one_pass(
         batches, lin, num_landmarks, landmarks, classification=kind == "classification", precision=precision, seed=seed,
         max_memory=budget,
     )  # fmt: skip
-    precision = torch.ones(len(lin.groups), dtype=torch.float64) if precision is None else precision.to(torch.float64)
-    features = LandmarkFeatures.build(
-        lin, z, precision=precision, num_features=num_features, tolerance=tolerance, max_memory=budget
-    )
-    statistics = accumulate(features, kind, batches, dtype=dtype, progress=progress)
+    with torch.inference_mode(False), torch.no_grad():
+        ones = torch.ones(len(lin.groups), dtype=torch.float64)
+        precision = ones if precision is None else precision.to(torch.float64).clone()
+        features = LandmarkFeatures.build(
+            lin, z, precision=precision, num_features=num_features, tolerance=tolerance, max_memory=budget
+        )
+        statistics = accumulate(features, kind, batches, dtype=dtype, progress=progress)
     return OnePassEvidence(features, statistics, likelihood, precision.to(z.device), bound)

@@ -18,6 +18,8 @@ KINDS = ("shared", "per_output", "classification")
 BOUNDS = ("vfe", "dtc")
 _BLOCK = 256
 _EXHAUSTED = 0.8
+# Pearson's χ² per row is one where labels follow the network's probabilities.
+_MISFIT = 10.0
 
 
 def add_square(total: Tensor, rows: Tensor) -> None:
@@ -252,6 +254,11 @@ class StreamedObjective(EvidenceObjective):
         self.noise = problem.noise  # type: ignore[assignment]
         self.statistics, self.column = problem.statistics, int(problem.targets == "residual")
         self.sums = self.statistics.sums(self.column)
+        if not bool(torch.isfinite(self.sums.squares).all()):
+            raise ValueError(
+                "the second-order expansion of the log-likelihood overflows: the network gives the labels of some "
+                "training points no probability at all; check the labels, or fit the precisions by ntkgp.ExactNTKGP"
+            )
         count = self.sums.counts.sum()
         self.scale = 1.0 if self.is_classification else float(self.sums.squares.sum() / count) or 1.0
         means = self.sums.traces.sum(0) / count
@@ -305,6 +312,13 @@ class StreamedObjective(EvidenceObjective):
                 "the evidence is that of the second-order expansion of the log-likelihood at the network's logits "
                 "(curvature 'quadratic')"
             )
+            misfit = float(self.statistics.squares[0, 1, 1] / self.sums.counts[0])
+            if misfit > _MISFIT:
+                out.append(
+                    "points that the network gets wrong with confidence dominate that expansion, which is not bounded: "
+                    f"Pearson's chi-square is {misfit:.3g} per row, 1 for labels that follow the network's "
+                    "probabilities; do not trust these precisions"
+                )
         return out
 
     def collapsed(self, x: Tensor) -> Collapsed:

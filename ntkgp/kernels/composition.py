@@ -17,7 +17,18 @@ __all__ = ["MultioutputArithmetic", "SharedKernel"]
 
 
 def outputs_of(kernel: Kernel, width: int = 1) -> int:
-    """Number of outputs per input of a kernel on inputs of some width."""
+    """Number of outputs per input of a kernel on inputs of some width.
+
+    :raises ValueError: a sum or product of kernels with different numbers of outputs.
+    """
+    if isinstance(kernel, AdditiveKernel | ProductKernel):
+        found = [outputs_of(part, width) for part in kernel.kernels]
+        if len(set(found)) > 1:
+            raise ValueError(
+                f"kernel: {type(kernel).__name__} of kernels with {found} outputs per input; write the kernel with "
+                "several outputs first (NTK + RBFKernel()), which lifts the others"
+            )
+        return found[0]
     x = torch.zeros(1, width)
     outputs = kernel.num_outputs_per_input(x, x)
     return outputs if isinstance(outputs, int) else outputs[0]

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from functools import cached_property
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable
+from functools import cached_property, wraps
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
 import torch
@@ -16,9 +17,22 @@ from ntkgp.linearization.memory import format_memory, parse_memory
 if TYPE_CHECKING:
     from ntkgp.linearization.network import LinearizedNetwork
 
+_T = TypeVar("_T")
 EIGENVALUE_CUT = 1e-10
+_NO_GRADIENTS = "landmarks: the network's gradients are zero at all of them"
 # Below so many rows a whole eigendecomposition is no slower than an iterative one.
 _DENSE_ROWS = 1000
+
+
+def _kept(function: Callable[[Any], _T]) -> cached_property[_T]:
+    """A property computed once, whose tensors may enter a graph even where it was first asked for in inference mode."""
+
+    @wraps(function)
+    def compute(self: Any) -> _T:
+        with torch.inference_mode(False), torch.no_grad():
+            return function(self)
+
+    return cached_property(compute)
 
 
 class LandmarkFeatures:
@@ -86,14 +100,16 @@ class LandmarkFeatures:
         or Lanczos iterations on the Gram (matrix-free beyond the budget), and K backward passes over Z.
         """
         budget = parse_memory(max_memory)
-        z = lin.pack(landmarks).detach()
-        outputs = None if outputs is None else outputs.to(z.device, torch.long)
+        with torch.inference_mode(False):
+            # Copies: what is made in inference mode cannot enter a graph.
+            z = lin.pack(landmarks).detach().clone()
+            outputs = None if outputs is None else outputs.to(z.device, torch.long).clone()
         if not 0 <= tolerance < 1:
             raise ValueError(f"tolerance: expected a number from 0 to below 1, got {tolerance}")
         rows = len(z) * (lin.num_outputs if outputs is None else 1)
         if num_features is not None and (isinstance(num_features, bool) or num_features < 1):
             raise ValueError(f"num_features: expected a positive number or None, got {num_features!r}")
-        with torch.no_grad():
+        with torch.inference_mode(False), torch.no_grad():
             if num_features is None or (num_features >= rows and _fits(lin, rows, budget)):
                 mixing = None
                 grams, products = _all_rows(lin, z, outputs, rows, budget)
@@ -102,7 +118,7 @@ class LandmarkFeatures:
                 grams, products = _of_directions(lin, _pull(lin, z, outputs, mixing.mT))
             bases, coordinates, theta = _split(grams, products, tolerance)
         if not any(basis.shape[1] for basis in bases):
-            raise ValueError("landmarks: the network's gradients are zero at all of them")
+            raise ValueError(_NO_GRADIENTS)
         return cls(lin, z, outputs, mixing, bases, coordinates, theta, budget)
 
     @property
@@ -115,30 +131,30 @@ class LandmarkFeatures:
         """R, the number of features."""
         return sum(self.ranks)
 
-    @cached_property
+    @_kept
     def group(self) -> Tensor:
         """Group of each feature, shape (R,)."""
         ranks = torch.tensor(self.ranks, device=self.landmarks.device)
         return torch.repeat_interleave(torch.arange(len(ranks), device=self.landmarks.device), ranks)
 
-    @cached_property
+    @_kept
     def stacked(self) -> Tensor:
         """T, shape (R, K)."""
         return torch.cat(self.coordinates)
 
-    @cached_property
+    @_kept
     def weights(self) -> tuple[Tensor, ...]:
         """From products with the rows of Z to the features: shapes (m, r_g)."""
         return self.bases if self.mixing is None else tuple(self.mixing @ basis for basis in self.bases)
 
-    @cached_property
+    @_kept
     def _factors(self) -> Factors | None:
         """What the layers saw at Z, where it fits in a quarter of the budget."""
         if self.lin.factors_memory(len(self.landmarks)) > self.max_memory // 4:
             return None
         return self.lin.factors(self.landmarks, self.max_memory // 4, self.outputs)
 
-    @cached_property
+    @_kept
     def directions(self) -> Tensor | None:
         """Row k holds direction k of every group, shape (max r_g, P), where products with these are the cheaper way."""
         width, lin = max(self.ranks), self.lin
@@ -344,7 +360,7 @@ def _mixing(
     values, vectors = values.flip(0)[:count], vectors.flip(1)[:, :count]
     keep = values > max(tolerance, 1e-14) * values[0].clamp_min(1e-300)
     if not bool(keep.any()):
-        raise ValueError("landmarks: the network's gradients are zero at all of them")
+        raise ValueError(_NO_GRADIENTS)
     return vectors[:, keep] / values[keep].sqrt()
 
 
@@ -356,5 +372,7 @@ def _lanczos(multiply: Any, rows: int, count: int, like: Tensor, tolerance: floa
 
     operator = LinearOperator((rows, rows), matvec=matvec, dtype=np.float64)
     start = np.random.default_rng(0).standard_normal(rows)
+    if not matvec(start).any():
+        raise ValueError(_NO_GRADIENTS)
     values, vectors = eigsh(operator, k=min(count, rows - 1), v0=start, which="LA", tol=tolerance)
     return torch.from_numpy(values.copy()).to(like), torch.from_numpy(vectors.copy()).to(like)

@@ -187,21 +187,34 @@ def _choose(
     inference: str, lin: LinearizedNetwork, likelihood: Likelihood, n: int, held: bool, budget: int
 ) -> tuple[str, str]:
     """Which inference, and why."""
+    unsuited = _unsuited(likelihood)
     if inference in ("nystrom", "variational"):
+        if unsuited:
+            raise ValueError(f"likelihood: {unsuited}, which inference={inference!r} has not; use inference='exact'")
         return inference, "as asked for"
     exact, obstacle = _exact_choice(lin, likelihood, n, held, budget)
     if not obstacle:
         return "exact", exact
-    if inference == "exact":
-        raise ValueError(f"train_data: {obstacle}. Use fewer data, a larger max_memory, or inference='nystrom'")
+    if inference == "exact" or unsuited:
+        other = f"; {unsuited}, which no other inference has" if unsuited else ", or inference='nystrom'"
+        raise ValueError(f"train_data: {obstacle}. Use fewer data, a larger max_memory{other}")
     groups, (landmarks, features) = len(lin.groups), nystrom_sizes(lin, n)
     width = groups * features
     kinds = lin.num_outputs if isinstance(likelihood, MultitaskGaussianLikelihood) else 1
     needed = 8 * (kinds + 4) * width**2 + 8 * landmarks * lin.num_outputs * lin.num_parameters // max(groups, 1)
     sizes = f"{landmarks} landmarks, {features} features of each of {groups} group(s)"
-    if needed <= budget and not has_fixed_noise(likelihood):
+    if needed <= budget:
         return "nystrom", f"{obstacle}; {sizes} need {format_memory(needed)}"
     return "variational", f"{obstacle}; and for a Nyström kernel {sizes} need {format_memory(needed)}"
+
+
+def _unsuited(likelihood: Likelihood) -> str:
+    """What a likelihood has that only exact inference can do ("" if nothing)."""
+    if has_fixed_noise(likelihood):
+        return "the likelihood has a noise for each row"
+    if isinstance(likelihood, MultitaskGaussianLikelihood) and likelihood.rank > 0:
+        return "the likelihood has a noise covariance between outputs"
+    return ""
 
 
 def _exact_choice(lin: LinearizedNetwork, likelihood: Likelihood, n: int, held: bool, budget: int) -> tuple[str, str]:

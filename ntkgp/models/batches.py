@@ -155,6 +155,11 @@ class Batches:
             raise ValueError(f"{self._name}: this pass had {rows} rows, the one before {self._num_data}")
         self._num_data = rows
 
+    @property
+    def in_memory(self) -> bool:
+        """Whether the data are tensors."""
+        return isinstance(self._source, tuple)
+
     def collect(self) -> tuple[Tensor, Tensor]:
         """All rows at once, packed inputs (N, D) and targets."""
         if isinstance(self._source, tuple):

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import math
 import weakref
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -10,13 +12,14 @@ from linear_operator.operators import DiagLinearOperator
 from torch import Tensor
 
 from ntkgp.evidence.bounds import EvidenceSystem, variance_bounds
-from ntkgp.evidence.newton_cg import iterative_mode
+from ntkgp.evidence.newton_cg import CURVATURE_TOLERANCE, iterative_mode
 from ntkgp.likelihoods import curvature_factor
 from ntkgp.models.noise import is_classification
 from ntkgp.solvers import NystromPreconditioner, TangentGram, WhitenedSystem, solve
 
 # What models do not keep themselves; no attributes, which copies and pickles of the model would carry.
 _GRAMS: weakref.WeakKeyDictionary[Any, TangentGram] = weakref.WeakKeyDictionary()
+_MADE_AT: weakref.WeakKeyDictionary[NystromPreconditioner, tuple[Tensor, ...]] = weakref.WeakKeyDictionary()
 _DATA: weakref.WeakKeyDictionary[Any, tuple[Any, tuple[Tensor, Tensor]]] = weakref.WeakKeyDictionary()
 
 
@@ -48,10 +51,12 @@ class Certified:
         :param x: inputs as for a prediction, T of them.
         :param max_iterations: products with A per output of an input; one more computes the residual.
         :param preconditioner: number of random training inputs of a Nyström approximation (default: about 8·√n rows),
-            or one made before by ``model.nystrom(...)``, valid for the same hyper-parameters.
+            or one made before by ``model.nystrom(...)``, at the same data and hyper-parameters.
         :returns: (lower, upper), each of shape (T,) for C = 1, else (T, C), float64; batch dimensions of x in front.
-            Moved outward by an estimate of rounding (of a float32 network's passes where no Gram is kept).
-        :raises ValueError: a model without training data, or a preconditioner of another size.
+            Moved outward by an estimate of rounding (of a float32 network's passes where no Gram is kept), and with
+            ``curvature="full"`` by what the distance from the mode can change.
+        :raises ValueError: a model without training data, a preconditioner of another size, or one of ``nystrom`` at
+            other data or hyper-parameters, whose approximation need not stand below this kernel.
 
         Cost: `max_iterations` products with K, N·C × N·C, with T·C vectors: by the kept Grams where they fit in
         `max_memory`, otherwise a backward and a forward pass over the data per vector. Nothing of size (N·C)³. The
@@ -74,13 +79,10 @@ class Certified:
         with torch.inference_mode(False), torch.no_grad():
             flat = flat.clone() if flat.is_inference() else flat
             gram = self._tangent_gram()
-            system = self.whitened_system()
+            system, slack = self._system()
             if not isinstance(preconditioner, NystromPreconditioner):
                 preconditioner = system.nystrom(self._landmarks(system, preconditioner, 0))
-            if preconditioner.shape != (system.size, system.size):
-                raise ValueError(
-                    f"preconditioner: expected {system.size} rows as the data have, got {tuple(preconditioner.shape)}"
-                )
+            self._check_preconditioner(preconditioner, system)
             variance = self.kernel.precision.detach().reciprocal().to(torch.float64)
             diagonal = 1.0 + system.diagonal()
             # Cross-covariances, iterate, residual, direction and its image are held at a time.
@@ -99,7 +101,7 @@ class Certified:
                 )
         shape = (*packed.shape[:-1], c) if c > 1 else packed.shape[:-1]
         low, high = (torch.cat(side).reshape(shape) for side in zip(*parts, strict=True))
-        return low, high
+        return low * math.exp(-slack), high * math.exp(slack)
 
     def nystrom(self, num_points: int | None = None, seed: int = 0) -> NystromPreconditioner:
         """The preconditioner of :meth:`posterior_bounds` from random training inputs.
@@ -108,7 +110,28 @@ class Certified:
         """
         with torch.inference_mode(False), torch.no_grad():
             system = self.whitened_system()
-            return system.nystrom(self._landmarks(system, num_points, seed))
+            found = system.nystrom(self._landmarks(system, num_points, seed))
+            _MADE_AT[found] = tuple(value.clone() for value in self._determinants(system))
+            return found
+
+    def _determinants(self, system: WhitenedSystem) -> tuple[Tensor, ...]:
+        """What a preconditioner is made of: inputs, precisions and noise."""
+        return self._data()[0], self.kernel.precision.detach(), system.factor
+
+    def _check_preconditioner(self, preconditioner: NystromPreconditioner, system: WhitenedSystem) -> None:
+        """Refuse one that certifies nothing here."""
+        if preconditioner.shape != (system.size, system.size):
+            raise ValueError(
+                f"preconditioner: expected {system.size} rows as the data have, got {tuple(preconditioner.shape)}"
+            )
+        known = _MADE_AT.get(preconditioner)
+        if known is None:
+            return
+        for name, old, new in zip(("data", "precisions", "noise"), known, self._determinants(system), strict=True):
+            if old.shape != new.shape or not torch.allclose(old, new, rtol=1e-10, atol=0.0):
+                raise ValueError(
+                    f"preconditioner: made at other {name}; expected model.nystrom() of the model as it is"
+                )
 
     def _landmarks(self, system: WhitenedSystem, num_points: int | None, seed: int) -> Tensor:
         """Indices of random training inputs whose columns, basis and workspace fit in the budget by default."""
@@ -120,6 +143,10 @@ class Certified:
 
     def whitened_system(self) -> WhitenedSystem:
         """I + WᵀKW at the present hyper-parameters, for :func:`ntkgp.solvers.solve`; nothing is factored."""
+        return self._system()[0]
+
+    def _system(self) -> tuple[WhitenedSystem, float]:
+        """The system, and r with e⁻ʳB ≼ B⋆ ≼ eʳB for its curvature B and that at the exact mode: 0 but for "full"."""
         gram, variance = self._tangent_gram(), self.kernel.precision.detach().reciprocal()
         with torch.no_grad():
             system = WhitenedSystem(
@@ -127,13 +154,14 @@ class Certified:
                 self._noise_factor(gram.x),
             )  # fmt: skip
             if self._has_labels() and getattr(self, "curvature", "simple") == "full":
-                mode = iterative_mode(system, self._prior_mean(gram.x), self._data()[1])
-                return WhitenedSystem(system.product, system.columns, system.blocks, curvature_factor(mode.logits))
-            return system
+                mode = iterative_mode(system, self._prior_mean(gram.x), self._data()[1], tolerance=CURVATURE_TOLERANCE)
+                slack = mode.curvature_slack(system.blocks)
+                return replace(system, factor=curvature_factor(mode.logits)), slack
+            return system, 0.0
 
     def evidence_system(self) -> EvidenceSystem:
         """What :func:`ntkgp.evidence.bounds.evidence_bounds` needs: the system with the data."""
-        gram, system = self._tangent_gram(), self.whitened_system()
+        gram, (system, slack) = self._tangent_gram(), self._system()
         with torch.no_grad():
             offset, y = self._prior_mean(gram.x), self._data()[1]
             if not self._has_labels():
@@ -141,7 +169,8 @@ class Certified:
             variant, logits = getattr(self, "curvature", "simple"), self.lin(gram.x).to(torch.float64)
             # The factor of "full" is that of the mode already.
             variant = "simple" if variant == "full" else variant
-            return EvidenceSystem.softmax(system, logits, offset, y, variant, gram.precision)
+            found = EvidenceSystem.softmax(system, logits, offset, y, variant, gram.precision)
+            return replace(found, curvature_slack=slack)
 
     def _has_labels(self) -> bool:
         """Whether the likelihood is a classification's."""

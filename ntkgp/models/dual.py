@@ -25,6 +25,12 @@ def matrices_of_fit(rows: int) -> int:
     return 8 * 8 * rows**2
 
 
+def memory_of_fit(lin: LinearizedNetwork, num_data: int) -> int:
+    """Bytes that N inputs take beside their Grams: for a fit, or for the passes before it."""
+    n = num_data * lin.num_outputs
+    return max(matrices_of_fit(n), 8 * n**2 + lin.gram_memory(1, num_data))
+
+
 @dataclass(frozen=True)
 class DualSide:
     """What one visit to the training data leaves behind; independent of every hyper-parameter and of the targets.
@@ -54,7 +60,7 @@ class DualSide:
         """Visit the training inputs."""
         n, groups = len(x) * lin.num_outputs, len(lin.groups)
         with torch.no_grad():
-            reserved, held = matrices_of_fit(n), SymmetricGrams.size_of(groups, n)
+            reserved, held = memory_of_fit(lin, len(x)), SymmetricGrams.size_of(groups, n)
             storage = "memory" if held + reserved <= max_memory or x.device.type != "cpu" else "disk"
             taken = reserved + (held if storage == "memory" else 0)
             factors = lin.factors(x, max_memory) if taken + lin.factors_memory(len(x)) <= max_memory else None

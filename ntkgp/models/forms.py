@@ -9,7 +9,7 @@ from gpytorch.likelihoods import Likelihood, MultitaskGaussianLikelihood
 from ntkgp.linearization import LinearizedNetwork
 from ntkgp.linearization.memory import format_memory
 from ntkgp.linearization.statistics import RowTriangle
-from ntkgp.models.dual import matrices_of_fit
+from ntkgp.models.dual import matrices_of_fit, memory_of_fit
 from ntkgp.models.noise import NoiseLink, check_fixed_noise, fits_fixed_noise, has_fixed_noise, is_classification
 
 FORMS = ("auto", "dual", "primal")
@@ -36,10 +36,10 @@ class Form(NamedTuple):
 
 
 def dual_form(lin: LinearizedNetwork, num_data: int) -> Form:
-    """Data space: N·C × N·C matrices. Grams may go to disk, what a factorisation needs may not."""
+    """Data space: N·C × N·C matrices. Grams may go to disk, what a factorisation or a pass needs may not."""
     rows = num_data * lin.num_outputs
     reason = f"N·C = {rows:,} rows"
-    return Form("dual", rows, matrices_of_fit(rows), reason)
+    return Form("dual", rows, memory_of_fit(lin, num_data), reason)
 
 
 def primal_form(lin: LinearizedNetwork, likelihood: Likelihood, num_data: int | None) -> Form:
@@ -92,8 +92,8 @@ def choose_form(
     one for a classification), are less than half of those in data space, :math:`(NC)^2 P + 10 (NC)^3`, or where data
     space does not fit in the budget and weight space does. n is the number of compressed rows, the smaller of P and of
     the rows that share a noise variance, summed over the noise variances. Memory is :math:`64 (NC)^2` bytes in data
-    space; in weight space the larger of :math:`16 P^2` per noise variance and :math:`8 nP + 64 n^2`. The Grams come on
-    top and may go to disk.
+    space, or what the passes take where that is more; in weight space the larger of :math:`16 P^2` per noise variance
+    and :math:`8 nP + 64 n^2`. The Grams come on top and may go to disk.
 
     :param num_data: N; None for a loader that does not know it.
     :raises ValueError: an unknown form, weight space that does not fit in the budget, or a likelihood that has none.

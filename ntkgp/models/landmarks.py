@@ -42,7 +42,7 @@ def choose_landmarks(
     :param precision: of the kernel of the greedy choice, shape (G,); ones by default.
     :param seed: of every draw; the global random state is left alone.
     :return: packed, shape (M, D), float64.
-    :raises ValueError: an unknown selection, M < 1, "balanced" without classes, or NaN.
+    :raises ValueError: an unknown selection, M < 1, "balanced" without classes, NaN, or no gradients for "greedy".
 
     Cost: one pass over the inputs; "greedy" holds up to 10·M·M·C² numbers.
     """
@@ -149,4 +149,6 @@ def _pivots(lin: LinearizedNetwork, x: Tensor, count: int, precision: Tensor | N
             factor = torch.cat([factor, step], dim=-1)
             residual = residual - step.square().sum(-1).view(-1, c).sum(-1)
             residual[best] = -1.0
+    if not chosen:
+        raise ValueError("landmarks: the network's gradients are zero at all of the candidates")
     return torch.tensor(chosen, device=x.device)

@@ -33,6 +33,7 @@ from ntkgp.models.conditioned import Conditionable
 from ntkgp.models.landmarks import choose_landmarks
 from ntkgp.models.noise import is_classification, prepare_likelihood
 from ntkgp.models.paths import FixedMean, FunctionSamples
+from ntkgp.models.posterior import without_rounding
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -219,7 +220,7 @@ class NystromNTKGP(Certified, Conditionable, GP):
 
         An interrupt leaves the model as it was.
 
-        :param train_data: as to the constructor, whose data are taken by default.
+        :param train_data: as to the constructor; by default the data given there, or to the last call.
         :param progress: show a progress bar.
         :param validation: data, as `train_data`, for the early stopping of the paper: every `search_frequency` rows
             the NLL of the predictive distribution is taken with the prior precision scaled by seen/N, and the pass
@@ -253,6 +254,7 @@ class NystromNTKGP(Certified, Conditionable, GP):
         if search is not None:
             statistics, scale = search.best(statistics)
         self.features, self.statistics, self._prior_scale, self._kept = features, statistics, scale, None
+        self._batches = batches
         return self.eval()
 
     def _fitted(self) -> tuple[LandmarkFeatures, StreamStatistics]:
@@ -330,7 +332,7 @@ class NystromNTKGP(Certified, Conditionable, GP):
         own = torch.einsum("g,gncd->ncd", variance, own).reshape(*x.shape[:-1], c, c)
         rows = phi.unflatten(-2, (-1, c))
         left = own - rows @ rows.mT
-        return ResidualCovariance(low_rank, BlockDiagLinearOperator(left.clamp_min(0.0) if c == 1 else left))
+        return ResidualCovariance(low_rank, BlockDiagLinearOperator(without_rounding(left)))
 
     def evidence_problem(
         self, *, at: str = "theta_star", curvature: str = "simple", targets: str = "data"
@@ -395,7 +397,10 @@ class NystromNTKGP(Certified, Conditionable, GP):
         self._prior_scale = state["prior_scale"]
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_kept": None}
+        state = {**self.__dict__, "_kept": None}
+        if self.statistics is not None and self._batches is not None and not self._batches.in_memory:
+            state["_batches"] = None  # loaders need not have a pickle; predictions and evidence need none
+        return state
 
     def _apply(self, fn: Any) -> NystromNTKGP:
         """Moves between devices; ``float()`` and ``half()`` change nothing, since all algebra is in float64."""

@@ -45,3 +45,11 @@ class PosteriorCovariance(SumLinearOperator):
             blocks = dense.reshape(*dense.shape[:-2], points, num_outputs, points, num_outputs)
             blocks = torch.diagonal(blocks, dim1=-4, dim2=-2).movedim(-1, -3)
         return blocks - rows @ rows.mT
+
+
+def without_rounding(blocks: Tensor) -> Tensor:
+    """Covariances (..., C, C) that are differences, without what rounding took below zero."""
+    if blocks.shape[-1] == 1:
+        return blocks.clamp_min(0.0)
+    lowest = torch.linalg.eigvalsh(blocks.detach())[..., :1].clamp_max(0.0)
+    return blocks - torch.diag_embed(lowest.expand(blocks.shape[:-1]))

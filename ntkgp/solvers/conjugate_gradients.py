@@ -87,8 +87,11 @@ def solve(
     if not isinstance(max_iterations, int) or isinstance(max_iterations, bool) or max_iterations < 0:
         raise ValueError(f"max_iterations: expected an integer >= 0, got {max_iterations!r}")
     with torch.no_grad():
+        # By powers of two, exactly: norms of very small or large numbers would be zero or infinite.
+        scale = _power_of_two(b)
+        b = b / scale
         norms = b.norm(dim=0)
-        x = torch.zeros_like(b) if x0 is None else _check_start(x0, rhs).reshape(b.shape).clone()
+        x = torch.zeros_like(b) if x0 is None else _check_start(x0, rhs).reshape(b.shape) / scale
         x[:, norms == 0] = 0.0
         residual = b - product(x) if x0 is not None else b.clone()
         used, last = 0, torch.full_like(norms, torch.inf)
@@ -104,7 +107,15 @@ def solve(
             residual = b - product(x)
     relative = size / torch.where(norms > 0, norms, 1.0)
     converged = bool((size <= tolerance * norms).all())
-    return Solution(x.reshape(rhs.shape), residual.reshape(rhs.shape), used, converged, relative.reshape(rhs.shape[1:]))
+    x, residual = ((scale * found).reshape(rhs.shape) for found in (x, residual))
+    return Solution(x, residual, used, converged, relative.reshape(rhs.shape[1:]))
+
+
+def _power_of_two(b: Tensor) -> Tensor:
+    """A power of two near the largest entry of every column, shape (k,); 1 for a column of zeros."""
+    largest = b.abs().amax(0)
+    exponent = torch.frexp(largest).exponent.clamp(-1021, 1024) - 1
+    return torch.where(largest > 0, torch.ldexp(torch.ones_like(largest), exponent), 1.0)
 
 
 def _iterate(

@@ -51,7 +51,8 @@ class TangentGram:
     def best(cls, lin: LinearizedNetwork, x: Tensor, max_memory: str | int | float = "2GiB") -> TangentGram:
         """With the Grams where they and one matrix of their size fit in the budget, otherwise matrix-free."""
         budget, rows = parse_memory(max_memory), len(x) * lin.num_outputs
-        if SymmetricGrams.size_of(len(lin.groups), rows) + 3 * 8 * rows**2 > budget:
+        working = max(3 * 8 * rows**2, 8 * rows**2 + lin.gram_memory(1, len(x)))
+        if SymmetricGrams.size_of(len(lin.groups), rows) + working > budget:
             return cls(lin, x, budget)
         return cls(lin, x, budget, lin.symmetric_grams(x, budget, storage="memory"))
 

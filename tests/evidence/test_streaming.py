@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 import gpytorch
@@ -197,3 +198,32 @@ def test_warnings() -> None:
     report = ntkgp.fit_evidence(passed(case, landmarks=case.x[:3]), max_evaluations=3)
     assert any("constant targets" in text for text in report.warnings)
     assert "exact log evidence between" in str(report)
+
+
+def test_a_pass_in_inference_mode_poisons_nothing() -> None:
+    case = Case("shared")
+    likelihood = free(case)
+    with torch.inference_mode():
+        found = one_pass(case.lin, (case.x, case.y), likelihood, num_landmarks=8)
+        found.posterior(case.x_test)
+    x = case.x_test.clone().requires_grad_()
+    model = found.model()
+    (gradient,) = torch.autograd.grad(model(x).variance.sum(), x)
+    assert float(gradient.abs().max()) > 0
+    found.statistics.add(found.features, case.x, case.y)
+    assert found.statistics.num_data == 2 * N
+
+
+def test_labels_that_the_network_excludes_are_reported() -> None:
+    case = Case("softmax")
+    for scale in (30.0, 1e5):
+        net = copy.deepcopy(case.net)
+        with torch.no_grad():
+            net[-1].weight.mul_(scale)
+        found = one_pass(ntkgp.LinearizedNetwork(net, case.x), (case.x, case.y), free(case), num_landmarks=8)
+        if scale == 30.0:
+            assert any("chi-square" in text for text in ntkgp.fit_evidence(found).warnings)
+        else:
+            with pytest.raises(ValueError, match="no probability"):
+                ntkgp.fit_evidence(found)
+    assert not any("chi-square" in text for text in ntkgp.fit_evidence(passed(case)).warnings)

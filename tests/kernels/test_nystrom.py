@@ -81,6 +81,19 @@ def test_in_an_exact_gp() -> None:
         close(model(case.x_test).covariance_matrix, case.posterior(rows)[0], 1e-6)
 
 
+def test_a_copy_called_in_inference_mode_first_keeps_its_gradients() -> None:
+    case = Case("shared")
+    for kernel in (kernel_of(case), pickle.loads(pickle.dumps(kernel_of(case)))):
+        with torch.inference_mode():
+            expected = kernel(case.x_test).to_dense()
+        x = case.x_test.clone().requires_grad_()
+        found = kernel(x).to_dense()
+        found.sum().backward()
+        close(found.detach(), expected.clone())
+        assert float(x.grad.abs().max()) > 0
+        assert float(kernel.raw_precision.grad.abs().max()) > 0
+
+
 def test_copies_and_refusals() -> None:
     case = Case("shared")
     kernel = kernel_of(case)

@@ -68,3 +68,11 @@ def test_refusals() -> None:
     for features in (None, 2):
         with pytest.raises(ValueError, match="zero"):
             LandmarkFeatures.build(lin, torch.ones(4, 3, dtype=DOUBLE), num_features=features)
+
+
+def test_no_gradients_at_any_of_many_landmarks(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("ntkgp.linearization.nystrom._DENSE_ROWS", 10)
+    net = torch.nn.Sequential(torch.nn.Linear(2, 4, bias=False), torch.nn.ReLU(), torch.nn.Linear(4, 1, bias=False))
+    lin = ntkgp.LinearizedNetwork(net, torch.zeros(2, 2))
+    with pytest.raises(ValueError, match="gradients are zero"):
+        LandmarkFeatures.build(lin, torch.zeros(60, 2), num_features=5)

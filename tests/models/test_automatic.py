@@ -195,6 +195,19 @@ def test_the_choice(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFi
     assert "for a Nyström kernel" in model.inference_reason
 
 
+def test_noise_that_only_exact_inference_has(monkeypatch: pytest.MonkeyPatch) -> None:
+    correlated = gpytorch.likelihoods.MultitaskGaussianLikelihood(num_tasks=3, rank=1)
+    fixed = gpytorch.likelihoods.FixedNoiseGaussianLikelihood(torch.full((30, 3), 0.1))
+    for likelihood in (correlated, fixed):
+        assert type(ntkgp.from_network(S.net, (S.x, S.y), likelihood, fit=False)) is ntkgp.ExactNTKGP
+        for inference in ("nystrom", "variational"):
+            with pytest.raises(ValueError, match="likelihood: the likelihood has a noise"):
+                ntkgp.from_network(S.net, (S.x, S.y), likelihood, inference)
+    monkeypatch.setattr(automatic, "_EXACT_FLOPS", 1e4)
+    with pytest.raises(ValueError, match="noise covariance between outputs, which no other inference has"):
+        ntkgp.from_network(S.net, (S.x, S.y), correlated)
+
+
 def test_classification_by_each_inference() -> None:
     labels = S.y.argmax(-1)
     reference = ntkgp.from_network(S.net, (S.x, labels), "classification")

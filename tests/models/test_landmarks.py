@@ -82,3 +82,11 @@ def test_given_landmarks_are_packed_and_checked() -> None:
         choose_landmarks([], case.lin, 3, torch.full((2, 3), torch.inf))
     with pytest.raises(ValueError, match="max_memory"):
         choose_landmarks(batches(case.x, case.y), case.lin, 5, "greedy", max_memory=100)
+
+
+def test_greedy_needs_gradients() -> None:
+    net = torch.nn.Sequential(torch.nn.Linear(2, 4, bias=False), torch.nn.ReLU(), torch.nn.Linear(4, 1, bias=False))
+    x = torch.zeros(9, 2)
+    lin = ntkgp.LinearizedNetwork(net, x)
+    with pytest.raises(ValueError, match="landmarks: the network's gradients are zero"):
+        choose_landmarks([(x.double(), x[:, 0])], lin, 3, "greedy")

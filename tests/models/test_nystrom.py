@@ -320,6 +320,42 @@ def test_nothing_of_the_callers_changes_and_no_cache_is_poisoned() -> None:
     assert abs(float(x.grad[2, 1] - slope)) < 1e-5 * (1 + abs(float(slope)))
 
 
+@pytest.mark.parametrize("features", [None, 5])
+def test_inference_mode_as_the_first_call_of_a_copy(features: int | None) -> None:
+    case = Case("shared")
+    model = case.model(num_landmarks=10, num_features=features)
+    loaded = NystromNTKGP(None, case.likelihood(), case.lin)
+    loaded.load_state_dict(model.state_dict())
+    for other in (loaded.eval(), pickle.loads(pickle.dumps(model)), copy.deepcopy(model)):
+        with torch.inference_mode():
+            other(case.x_test)
+        x = case.x_test.clone().requires_grad_()
+        (gradient,) = torch.autograd.grad(other(x).variance.sum(), x)
+        assert float(gradient.abs().max()) > 0
+
+
+def test_pickle_leaves_the_loader_of_a_fitted_model_behind() -> None:
+    case = Case("shared")
+    collate = lambda rows: tuple(map(torch.stack, zip(*rows, strict=True)))  # noqa: E731
+    loader = DataLoader(TensorDataset(case.x, case.y), batch_size=8, collate_fn=collate)
+    for given, passed in ((loader, None), (None, loader)):
+        model = NystromNTKGP(given, case.likelihood(), case.lin, 10, 6).fit(passed, progress=False)
+        with torch.no_grad():
+            expected = model(case.x_test).covariance_matrix
+            assert torch.equal(pickle.loads(pickle.dumps(model))(case.x_test).covariance_matrix, expected)
+
+
+def test_bounds_are_those_of_the_data_of_the_last_fit() -> None:
+    case = Case("single")
+    for first in (None, (case.x, case.y)):
+        model = NystromNTKGP(first, case.likelihood(), case.lin, 10, None).fit((case.x + 3.0, case.y), progress=False)
+        exact = ntkgp.ExactNTKGP(case.x + 3.0, case.y, case.likelihood(), case.lin).eval()
+        with torch.no_grad():
+            low, high = model.posterior_bounds(case.x_test)
+            variance = exact(case.x_test).variance
+        assert bool(((low <= variance * (1 + 1e-6)) & (variance <= high * (1 + 1e-6))).all())
+
+
 def test_batches_predictive_and_botorch() -> None:
     pytest.importorskip("botorch")
     case = Case("shared")
@@ -367,6 +403,25 @@ def test_single_precision_network() -> None:
         found = model.fit(progress=False)(case.x_test.float())
     close(found.covariance_matrix, expected, 1e-3)
     assert torch.equal(found.mean, lin(case.x_test.float()).double())
+
+
+def test_residual_of_a_single_precision_network_is_not_negative(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Almost all rows of the landmarks as features: K − Q is rounding there, and so is what the data leave."""
+    monkeypatch.setattr(directions, "_applications", lambda lin: {"": 0.0})
+    case = Case("shared")
+    lin = ntkgp.LinearizedNetwork(copy.deepcopy(case.net).float(), case.x.float(), groups="layer")
+    likelihood = GaussianLikelihood(noise_constraint=gpytorch.constraints.Positive()).double()
+    likelihood.noise = torch.tensor(1e-9, dtype=DOUBLE)
+    data = case.x.float(), case.y
+    model = NystromNTKGP(data, likelihood, lin, num_landmarks=20, num_features=59, residual=True).fit(progress=False)
+    assert model.features.directions is not None
+    with torch.no_grad():
+        latent = model(model.features.landmarks)
+        blocks, own = ntkgp.likelihoods.point_covariances(latent), lin.gram_diagonals(model.features.landmarks).sum(0)
+        raw = own - (phi := model._phi(model.features.landmarks).view(20, 3, -1)) @ phi.mT
+    assert float(torch.linalg.eigvalsh(raw).min()) < 0
+    assert float(torch.linalg.eigvalsh(blocks).min()) > -1e-12 * float(own.max())
+    assert float(latent.variance.min()) >= 0
 
 
 def test_bad_data_is_named() -> None:

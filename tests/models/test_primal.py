@@ -22,6 +22,7 @@ from torch.utils.data import DataLoader, Dataset, TensorDataset
 import ntkgp
 from ntkgp.evidence import evidence_objective
 from ntkgp.likelihoods import BernoulliLikelihood, CategoricalLikelihood
+from ntkgp.models.forms import dual_form
 from tests import reference as ref
 
 DOUBLE = torch.float64
@@ -548,6 +549,19 @@ def test_auto_takes_weight_space_where_data_space_does_not_fit() -> None:
     lin = ntkgp.LinearizedNetwork(net(1), x)
     assert ntkgp.ExactNTKGP(x, y, gaussian(0, 0), lin).form == "dual"
     assert ntkgp.ExactNTKGP(x, y, gaussian(0, 0), lin, max_memory=64 * 74**2).form == "primal"
+
+
+@pytest.mark.parametrize("points", [2, 10, 60])
+def test_data_space_works_in_the_memory_that_it_asks_for(points: int) -> None:
+    conv = nn.Sequential(nn.Conv2d(1, 4, 3, padding=1), nn.Tanh(), nn.Conv2d(4, 4, 3, padding=1), nn.Tanh())
+    body = nn.Sequential(conv, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, 3)).double()
+    x = torch.randn(points, 1, 12, 12, dtype=DOUBLE, generator=torch.Generator().manual_seed(0))
+    lin = ntkgp.LinearizedNetwork(body, x)
+    needed = dual_form(lin, points).nbytes
+    assert dual_form(lin, 400).nbytes == 64 * 1200**2  # the matrices of the fit
+    model = ntkgp.ExactNTKGP(x, x[:, :, 0, :3].squeeze(1), gaussian(0, 0), lin, form="dual", max_memory=needed).eval()
+    ntkgp.fit_evidence(model, max_evaluations=3)
+    assert bool((model(x[:1]).variance > 0).all())
 
 
 # --- what a model does besides ------------------------------------------------------------------------

@@ -22,12 +22,13 @@ from torch.distributions import MultivariateNormal, kl_divergence
 from torch.utils.data import DataLoader, IterableDataset, TensorDataset
 
 import ntkgp
-from ntkgp.kernels import NeuralTangentKernel, SharedKernel
+from ntkgp.kernels import NeuralTangentKernel, NystromKernel, SharedKernel
 from ntkgp.likelihoods import BernoulliLikelihood, CategoricalLikelihood, point_covariances
 from ntkgp.models.batches import Batches
 from ntkgp.models.variational import VariationalNTKGP, kmeans_inducing_points
 from ntkgp.models.variational.fit import batch_objective
 from ntkgp.models.variational.optimum import predictive_scores
+from tests import nystrom_oracle as oracle
 from tests import reference as ref
 
 DOUBLE = torch.float64
@@ -354,11 +355,25 @@ def test_alpha_objective_against_quadrature() -> None:
             terms = torch.trapezoid((alpha * log_p + log_q).exp(), f, dim=-1).log() / alpha
             expected = terms.sum() - model.variational_strategy.kl_divergence()
         assert abs(float(found.detach()) - float(expected)) < 1e-6 * abs(float(expected))
-    tiny, elbo = case.model(objective=1e-6), case.model()
-    for model in (tiny, elbo):
-        random_root(model)
-    a, b = (float(batch_objective(m.train(), case.x, case.y[:, 0]).detach()) for m in (tiny, elbo))
-    assert abs(a - b) < 1e-4 * abs(b)
+    for alpha, tolerance in ((1e-6, 1e-4), (1e-9, 1e-7), (1e-12, 1e-7), (1e-300, 1e-7)):
+        tiny, elbo = case.model(objective=alpha), case.model()
+        for model in (tiny, elbo):
+            random_root(model)
+        a, b = (float(batch_objective(m.train(), case.x, case.y[:, 0]).detach()) for m in (tiny, elbo))
+        assert abs(a - b) < tolerance * abs(b)
+
+
+@pytest.mark.parametrize("outputs", [1, 3])
+def test_noise_below_the_rounding_of_the_covariance(outputs: int) -> None:
+    case = Case(outputs, n=40)
+    model = case.model(case.x[:20], likelihood=gaussian(1e-12))
+    model.kernel.precision = 1e-4
+    model.fit(case.data, evidence=None, validation=case.data, progress=False)
+    assert math.isfinite(model.history.validation[0])
+    scores = predictive_scores(
+        model, model.statistics(case.data), Batches.of(case.data, case.lin, model.likelihood), (9.0,)
+    )
+    assert bool(torch.isfinite(scores).all())
 
 
 def test_alpha_one_of_a_multi_output_regression_is_the_predictive_density(three: Case) -> None:
@@ -422,7 +437,7 @@ def test_minibatch_fit_approaches_the_closed_form() -> None:
     model.train()
     start = model.elbo(case.data)
     plan = _Plan(None, 80, 0.5, 5, 0, False)
-    _Run(model, Batches.of(case.data, case.lin, model.likelihood, 8), None, plan, FitHistory(), True)._minibatches()
+    _Run(model, Batches.of(case.data, case.lin, model.likelihood, 8), None, plan, FitHistory())._minibatches()
     assert 0 < best - model.elbo(case.data) < 0.1 * (best - start)
 
 
@@ -573,6 +588,18 @@ def test_an_interrupt_keeps_a_consistent_model(monkeypatch: pytest.MonkeyPatch) 
     assert bool(torch.isfinite(model(case.x_test).variance).all())
 
 
+def test_tensors_are_shuffled_also_when_they_come_as_batches(monkeypatch: pytest.MonkeyPatch) -> None:
+    case, seen = Case(1), []
+    monkeypatch.setattr(
+        "ntkgp.models.variational.fit.batch_objective", lambda *args: seen.append(args[1]) or batch_objective(*args)
+    )
+    model = case.model(objective=1.0)
+    model.fit(Batches.of(case.data, case.lin, model.likelihood, 8), evidence=None, epochs=2, progress=False)
+    first, second = torch.cat(seen[:3]), torch.cat(seen[3:])
+    assert not torch.equal(first, second)
+    assert torch.equal(first[first[:, 0].argsort()], second[second[:, 0].argsort()])
+
+
 def test_loaders_and_their_faults() -> None:
     case = Case(3)
     whole = case.model()
@@ -625,6 +652,17 @@ def test_duplicated_and_too_many_inducing_inputs(case: Case) -> None:
     assert math.isfinite(twice.elbo(case.data))
 
 
+def test_inducing_inputs_without_gradients_leave_the_prior() -> None:
+    net = nn.Sequential(nn.Linear(2, 5, bias=False), nn.ReLU(), nn.Linear(5, 2, bias=False)).double()
+    x = torch.randn(12, 2, dtype=DOUBLE, generator=torch.Generator().manual_seed(0))
+    lin = ntkgp.LinearizedNetwork(net, x)
+    model = VariationalNTKGP(torch.zeros(3, 2, dtype=DOUBLE), gaussian(), lin, 12, learn_inducing=False)
+    model.fit((x, x), validation=(x, x), evidence="validation", progress=False)
+    j = ref.jacobian(net, x).flatten(0, 1)
+    with torch.no_grad():
+        assert error(model(x).covariance_matrix, j @ j.mT / model.kernel.precision[0]) < 1e-9
+
+
 # --- other kernels --------------------------------------------------------------------------------
 
 
@@ -660,6 +698,53 @@ def test_fixed_mean_process_with_another_kernel(case: Case, composed: bool) -> N
         assert error(latent.covariance_matrix, expected) < 1e-9
         assert torch.equal(latent.mean, case.lin(case.x_test).reshape(latent.mean.shape))
         assert error(model.products.blocks(case.x_test), torch.stack([k(r[None], r[None]) for r in case.x_test])) < 1e-9
+
+
+@pytest.mark.parametrize("outputs", [1, 3])
+def test_kernel_on_some_columns(outputs: int) -> None:
+    case = Case(outputs)
+    kernel = gpytorch.kernels.ScaleKernel(gpytorch.kernels.RBFKernel(), active_dims=[0, 2]).double()
+    kernel.base_kernel.lengthscale = torch.tensor(0.8, dtype=DOUBLE)
+    kernel.outputscale = torch.tensor(1.7, dtype=DOUBLE)
+    model = case.model(kernel=kernel, learn_hyperparameters=False).eval()
+    root = random_root(model)
+
+    def k(a: Tensor, b: Tensor) -> Tensor:
+        value = dense_rbf(a[:, [0, 2]], b[:, [0, 2]], 0.8, 1.7)
+        return torch.kron(value, torch.eye(outputs, dtype=DOUBLE))
+
+    z, x = case.x[:6], case.x_test
+    expected = k(x, x) - k(x, z) @ dense_reduction(k(z, z), root) @ k(z, x)
+    with torch.no_grad():
+        latent = model(x)
+        blocks = expected.view(7, outputs, 7, outputs).diagonal(dim1=0, dim2=2).movedim(-1, 0)
+        assert error(latent.lazy_covariance_matrix.point_blocks(outputs), blocks) < 1e-9
+        assert error(latent.covariance_matrix, expected) < 1e-9
+    assert kernel.active_dims.tolist() == [0, 2]
+
+
+@pytest.mark.parametrize("name", ["landmarks", "network"])
+def test_tangent_kernels_that_are_not_the_network_s_own(three: Case, name: str) -> None:
+    """A Nyström kernel, and the tangent kernel of another network, keep their own values."""
+    if name == "landmarks":
+        kernel = NystromKernel(three.lin, three.x[:4], tolerance=0.0)
+        scaled = oracle.Nystrom(three.rows(three.x[:4]), torch.ones(three.lin.num_parameters, dtype=DOUBLE))
+        k = lambda a, b: scaled.gram(three.rows(a), three.rows(b))  # noqa: E731
+    else:
+        other = Case(3, seed=5)
+        kernel = NeuralTangentKernel(other.lin)
+        k = lambda a, b: other.rows(a) @ other.rows(b).mT  # noqa: E731
+    model = three.model(kernel=kernel, learn_hyperparameters=False)
+    with torch.no_grad():
+        kernel.raw_precision.copy_(kernel.raw_precision_constraint.inverse_transform(torch.ones_like(kernel.precision)))
+    root = random_root(model)
+    z, x = three.x[:6], three.x_test
+    inner = torch.linalg.solve(torch.eye(len(root), dtype=DOUBLE) + root.mT @ k(z, z) @ root, root.mT)
+    with torch.no_grad():
+        found = model.eval()(x).covariance_matrix
+    assert error(found, k(x, x) - k(x, z) @ root @ inner @ k(z, x)) < 1e-9
+    with pytest.raises(ValueError, match="tangent"):
+        model.set_hyperparameters(kernel.precision.detach())
 
 
 def test_hyperparameters_of_another_kernel_are_learned_with_a_price_for_the_mean() -> None:
@@ -929,6 +1014,7 @@ def test_integer_inputs() -> None:
         ({"mean": "zero"}, ValueError, "mean"),
         ({"kernel": rbf(), "mean": "posterior"}, ValueError, "posterior"),
         ({"kernel": "rbf"}, TypeError, "kernel"),
+        ({"kernel": gpytorch.kernels.AdditiveKernel(rbf(), SharedKernel(rbf(), 3))}, ValueError, r"\[1, 3\] outputs"),
         ({"output_index": torch.tensor([0, 1, 2, 3, 0, 0])}, ValueError, "0 … 2"),
         ({"output_index": torch.tensor([0, 1])}, ValueError, r"\(6,\)"),
         ({"output_index": torch.ones(6)}, TypeError, "integers"),

@@ -84,6 +84,16 @@ def test_zero_right_hand_side():
     assert nothing.iterations == 0
 
 
+def test_right_hand_sides_whose_norm_is_no_number_are_solved():
+    a, b = spd(20, 2), rhs(20, 3)
+    scale = torch.tensor([1e-250, 1.0, 1e250], dtype=torch.float64)
+    found, plain = solve(a, b * scale), solve(a, b)
+    assert found.converged
+    assert float(((found.solution / scale - plain.solution) / plain.solution.abs().max()).abs().max()) < 1e-7
+    assert float(((b * scale - a @ found.solution - found.residual) / (a.abs().max() * scale)).abs().max()) < 1e-12
+    assert bool((found.relative_residual > 0).all())
+
+
 def test_start_at_the_solution_takes_no_iteration():
     a, b = spd(40, 3), rhs(40, 2)
     exact = torch.linalg.solve(a, b)

@@ -12,8 +12,11 @@ from torch.nn.functional import logsigmoid
 from ntkgp.likelihoods import curvature_factor
 from ntkgp.likelihoods.curvature import log_likelihood, residual
 from ntkgp.models.noise import is_classification
+from ntkgp.models.posterior import without_rounding
 
 _LOG_2PI = math.log(2 * math.pi)
+# Smaller α: the α form differs from its limit, the ELBO, by less than its rounding.
+_LEAST_POWER = 1e-8
 
 
 def noise_block(likelihood: Likelihood, num_outputs: int) -> Tensor:
@@ -35,11 +38,13 @@ def gaussian_term(residuals: Tensor, covariance: Tensor, noise: Tensor, power: f
     c = residuals.shape[-1]
     factor = torch.linalg.cholesky(noise)
     logdet = 2 * factor.diagonal().log().sum() + c * _LOG_2PI
-    if power == 0:
+    if power < _LEAST_POWER:
         scaled = torch.linalg.solve_triangular(factor, residuals.mT, upper=False).square().sum(0)
         inverse = torch.cholesky_inverse(factor)
         return -0.5 * (logdet + scaled + (inverse * covariance).sum((-1, -2)))
-    total = torch.linalg.cholesky(covariance + noise / power)
+    total, failed = torch.linalg.cholesky_ex(covariance + noise / power)
+    if bool(failed.any()):  # the noise is below the rounding of the covariance
+        total = torch.linalg.cholesky(without_rounding(covariance) + noise / power)
     scaled = torch.linalg.solve_triangular(total, residuals.unsqueeze(-1), upper=False).square().sum((-1, -2))
     density = -0.5 * (2 * total.diagonal(dim1=-2, dim2=-1).log().sum(-1) + c * _LOG_2PI + scaled)
     return (density + 0.5 * (logdet - c * math.log(power)) - 0.5 * power * logdet) / power
@@ -76,7 +81,7 @@ def sampled_term(mean: Tensor, labels: Tensor, covariance: Tensor, power: float,
     jitter = 1e-9 * scale[:, None, None] * torch.eye(c, dtype=mean.dtype, device=mean.device)
     root = torch.linalg.cholesky(0.5 * (covariance + covariance.mT) + jitter)
     values = _label_log_probability(mean + torch.einsum("ncr,snr->snc", root, draws), labels.expand(draws.shape[:2]))
-    if power == 0:
+    if power < _LEAST_POWER:
         return values.mean(0)
     return ((power * values).logsumexp(0) - math.log(len(draws))) / power
 

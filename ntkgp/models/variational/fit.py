@@ -101,7 +101,7 @@ def fit_variational(
     if evidence == "auto":
         evidence = _automatic(model, evidence_rows, held_out is not None)
     with _fitting(model):
-        run = _Run(model, batches, held_out, plan, history, isinstance(train_data, tuple | list))
+        run = _Run(model, batches, held_out, plan, history)
         try:
             if evidence is not None:
                 _fit_evidence(model, batches, evidence_rows, plan, history)
@@ -177,11 +177,9 @@ class _Run:
     """One fit of L, the inducing inputs and perhaps hyper-parameters."""
 
     def __init__(
-        self, model: VariationalNTKGP, batches: Batches, held_out: Batches | None, plan: _Plan, history: FitHistory,
-        in_memory: bool,
-    ) -> None:  # fmt: skip
+        self, model: VariationalNTKGP, batches: Batches, held_out: Batches | None, plan: _Plan, history: FitHistory
+    ) -> None:
         self.model, self.batches, self.held_out, self.plan, self.history = model, batches, held_out, plan, history
-        self.in_memory = in_memory
         self.best: tuple[float, dict[str, Tensor]] | None = None
 
     def __call__(self, rescale: str | None = None) -> None:
@@ -342,7 +340,7 @@ class _Run:
 
     def _shuffled(self, step: int) -> Iterator[tuple[Tensor, Tensor]]:
         """One epoch; tensors in a new order each time, loaders as they come."""
-        if not self.in_memory:
+        if not self.batches.in_memory:
             yield from self.batches
             return
         x, y = self.batches.collect()

@@ -394,8 +394,8 @@ class VariationalNTKGP(Conditionable, ApproximateGP):
 
         After a fit L is set to its optimum for them, by a pass over the data of the fit.
         """
-        if not isinstance(self.kernel, NeuralTangentKernel):
-            raise ValueError("precision: this model's kernel is not the tangent kernel")
+        if not self.products.is_tangent:
+            raise ValueError("precision: this model's kernel is not the tangent kernel of its network")
         self.kernel.precision = precision
         stored, written = self.kernel.precision.detach().clone(), None
         if noise is not None:

@@ -188,7 +188,7 @@ def predictive_scores(
         basis, values = found.whitener.matrix @ vectors, values.clamp_min(0.0)
         for x, y in held_out:
             outputs, blocks = model.network_outputs(x), model.products.blocks(x)
-            rows = (model.products.cross(x, z) @ basis).reshape(*outputs.shape, -1)
+            rows = (model.products.cross(x, z) @ basis).reshape(*outputs.shape, basis.shape[-1])
             for i, s in enumerate(scales):
                 shrunk = rows * (s * values / (1 + s * values)).sqrt()
                 covariance = s * (blocks - shrunk @ shrunk.mT)
@@ -240,8 +240,9 @@ class _Rows:
 
     def pull(self, rows: Tensor) -> Tensor:
         """Sᵀ on the rows of each input: (B·C, r) -> (B·R, r)."""
-        blocks = rows.reshape(*self.factor.shape[:2], -1)
-        return torch.einsum("ncr,ncm->nrm", self.factor, blocks).reshape(-1, rows.shape[-1])
+        n, c, r = self.factor.shape
+        blocks = rows.reshape(n, c, rows.shape[-1])
+        return torch.einsum("ncr,ncm->nrm", self.factor, blocks).reshape(n * r, rows.shape[-1])
 
 
 class CollapsedObjective:

@@ -32,12 +32,9 @@ class KernelProducts:
 
     def __init__(self, kernel: Kernel, lin: LinearizedNetwork, outputs: Tensor | None, max_memory: int) -> None:
         self.kernel, self.lin, self.outputs, self.max_memory = kernel, lin, outputs, max_memory
+        # The tangent kernel of this network alone, on all columns; its subclasses have other values.
+        self.is_tangent = type(kernel) is NeuralTangentKernel and kernel.active_dims is None and kernel.lin is lin
         self._kept: tuple[Tensor, Factors] | None = None
-
-    @property
-    def is_tangent(self) -> bool:
-        """Whether the kernel is the tangent kernel alone, on all columns."""
-        return isinstance(self.kernel, NeuralTangentKernel) and self.kernel.active_dims is None
 
     def __getstate__(self) -> dict[str, object]:
         return {**self.__dict__, "_kept": None}

@@ -40,7 +40,13 @@ class FixedMeanCovariance(PosteriorCovariance):
             return super().point_blocks(num_outputs)
         left = self.reduction.left_linear_op.to_dense()
         rows = left.reshape(*left.shape[:-2], -1, num_outputs, left.shape[-1])
-        return point_blocks(lazy.kernel, lazy.x1) - rows @ rows.mT
+        # The lazy tensor holds the active columns only, which the kernel would select once more.
+        kernel, active = lazy.kernel, lazy.kernel.active_dims
+        try:
+            kernel.active_dims = None
+            return point_blocks(kernel, lazy.x1) - rows @ rows.mT
+        finally:
+            kernel.active_dims = active
 
 
 class FixedMeanStrategy(gpytorch.Module):
