@@ -35,6 +35,8 @@ _EXACT_FLOPS = 2e13
 _FACTORISATIONS = 20
 # Rows of all landmarks, or of all inducing points, and features of each group.
 _LANDMARK_ROWS, _INDUCING_ROWS, _FEATURES = 2048, 512, 256
+# Of the matrices between inducing rows, their factors and what is held on the way.
+_BYTES_PER_PAIR = 64
 
 
 def from_network(
@@ -152,7 +154,8 @@ class _Request:
     def variational(self, **options: Any) -> VariationalNTKGP:
         """VaLLA from centres of the data, or from rows of what is not held or holds integers."""
         lin, batches = self.lin, Batches.of(self.source, self.lin, self.likelihood)
-        count = min(self.num_data, max(1, _INDUCING_ROWS // lin.num_outputs))
+        rows = min(_INDUCING_ROWS, math.isqrt(self.budget // _BYTES_PER_PAIR))
+        count = min(self.num_data, max(1, rows // lin.num_outputs))
         learned = all(dtype.is_floating_point for dtype in lin.packing.dtypes)
         if learned and isinstance(self.source, tuple):
             points = kmeans_inducing_points(batches.collect()[0], count)[0]

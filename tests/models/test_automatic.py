@@ -15,6 +15,7 @@ from torch.utils.data import DataLoader, Dataset, IterableDataset, TensorDataset
 import ntkgp
 from ntkgp.likelihoods import BernoulliLikelihood, CategoricalLikelihood
 from ntkgp.models import automatic
+from ntkgp.models.variational import fit as variational_fit
 from tests import reference as ref
 from tests.architectures import CASES
 
@@ -142,6 +143,20 @@ def test_too_much_for_exact_inference(monkeypatch: pytest.MonkeyPatch) -> None:
         ntkgp.from_network(S.net, (S.x, S.y), inference="exact")
 
 
+def test_evidence_of_a_variational_model_keeps_to_the_budget(monkeypatch: pytest.MonkeyPatch) -> None:
+    counts: list[int] = []
+
+    def sample(batches: object, count: int, seed: int) -> tuple[torch.Tensor, torch.Tensor]:
+        counts.append(count)
+        return original(batches, count, seed)
+
+    original = variational_fit._sample
+    monkeypatch.setattr(variational_fit, "_sample", sample)
+    for budget in ("1MiB", "200KiB"):
+        ntkgp.from_network(S.net, (S.x, S.y), inference="variational", max_memory=budget, iterations=3)
+    assert counts == [30, 15]  # 64·90² and 64·45² bytes
+
+
 @pytest.mark.parametrize("inference", ["exact", "nystrom", "variational"])
 @pytest.mark.parametrize("held", [True, False])
 def test_every_inference(inference: str, held: bool, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -193,6 +208,14 @@ def test_the_choice(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFi
     model = ntkgp.from_network(S.net, (S.x, S.y), fit=False, max_memory="64MiB")
     assert type(model) is ntkgp.VariationalNTKGP
     assert "for a Nyström kernel" in model.inference_reason
+
+
+def test_a_small_budget() -> None:
+    """Where nothing else fits, few inducing points do."""
+    model = ntkgp.from_network(S.net, (S.x, S.y), fit=False, max_memory="160KiB")
+    assert type(model) is ntkgp.VariationalNTKGP
+    assert len(model.inducing_points) < 20
+    assert bool((model(S.x).variance > 0).all())
 
 
 def test_noise_that_only_exact_inference_has(monkeypatch: pytest.MonkeyPatch) -> None:

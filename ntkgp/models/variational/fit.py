@@ -150,8 +150,13 @@ def _fit_evidence(
     """Precisions and noise by the exact evidence on a random part of the data."""
     from ntkgp.evidence import fit_evidence
     from ntkgp.models.exact import ExactNTKGP
+    from ntkgp.models.forms import dual_form
 
-    x, y = _sample(batches, max(1, rows // model.num_outputs), plan.seed)
+    count = max(1, min(model.num_data, rows // model.num_outputs))
+    # As many as the budget allows.
+    while count > 1 and dual_form(model.lin, count).nbytes > model.max_memory:
+        count //= 2
+    x, y = _sample(batches, count, plan.seed)
     exact = ExactNTKGP(x, y, copy.deepcopy(model.likelihood), model.lin, max_memory=model.max_memory)
     history.evidence = fit_evidence(exact, progress=plan.progress)
     noise = history.evidence.noise
