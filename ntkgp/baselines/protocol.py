@@ -1,0 +1,130 @@
+"""What every comparator has in common: its arguments, its data, and the distributions that it predicts."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from gpytorch.likelihoods import GaussianLikelihood, Likelihood, MultitaskGaussianLikelihood
+from torch import Tensor, nn
+from torch.distributions import Bernoulli, Categorical, Distribution, MultivariateNormal, Normal
+
+from ntkgp.likelihoods import BernoulliLikelihood, CategoricalLikelihood
+from ntkgp.linearization import LinearizedNetwork, ParameterGroups
+from ntkgp.linearization.memory import parse_memory
+from ntkgp.models.batches import Batches, collect_raw
+
+KINDS = ("regression", "classification")
+
+
+class Baseline(ABC):
+    """A comparator: ``fit(train_data)`` once, then ``predict(x)``.
+
+    :param net: the trained network; copied, never modified.
+    :param likelihood: ``"regression"`` (Gaussian, one noise per output) or ``"classification"`` (softmax, or logistic for
+        one output).
+    :param groups: parameter groups, where the method has a precision for each.
+    :param output: picks the output tensor from what the network returns.
+    :param max_memory: of what is held at a time.
+    :param seed: of all that is random; the global random state is left alone.
+    :param progress: show a progress bar.
+    :raises ValueError: an unknown likelihood.
+    """
+
+    def __init__(
+        self,
+        net: nn.Module,
+        likelihood: str = "regression",
+        *,
+        groups: str | ParameterGroups = "normalization",
+        output: Callable[[Any], Tensor] | None = None,
+        max_memory: str | int | float = "2GiB",
+        seed: int = 0,
+        progress: bool = False,
+    ) -> None:
+        if likelihood not in KINDS:
+            raise ValueError(f"likelihood: expected one of {KINDS}, got {likelihood!r}")
+        self.net, self.kind = net, likelihood
+        self.max_memory, self.seed, self.progress = parse_memory(max_memory), seed, progress
+        self._groups, self._output = groups, output
+        self._lin: LinearizedNetwork | None = None
+
+    @property
+    def lin(self) -> LinearizedNetwork:
+        """The linearised network, made by the first fit."""
+        if self._lin is None:
+            raise RuntimeError(f"{type(self).__name__}: call fit(train_data) first")
+        return self._lin
+
+    @property
+    def is_classification(self) -> bool:
+        """Whether targets are labels."""
+        return self.kind == "classification"
+
+    def fit(self, train_data: Any) -> Baseline:
+        """Fit to ``(x, y)``, a Dataset or a DataLoader; return itself."""
+        if self._lin is None:
+            example = collect_raw(train_data, limit=0).example
+            self._lin = LinearizedNetwork(self.net, example, groups=self._groups, output=self._output)
+        self._fit(Batches.of(train_data, self.lin, self._shape_of_targets()))
+        return self
+
+    def predict(self, x: Any) -> Distribution:
+        """The predictive distribution over y at N inputs.
+
+        Regression: ``Normal`` (N,) for one output, else ``MultivariateNormal`` with batch shape (N,) and C outputs.
+        Classification: ``Categorical`` (N,), or ``Bernoulli`` (N,) for one output. Its ``latent`` is the distribution
+        of the network's outputs before the likelihood, where the method has one.
+        """
+        packed = self.lin.pack(x).to(torch.float64)
+        with torch.no_grad():
+            return self._predict(packed)
+
+    @abstractmethod
+    def _fit(self, batches: Batches) -> None:
+        """Fit to checked data."""
+
+    @abstractmethod
+    def _predict(self, x: Tensor) -> Distribution:
+        """Predict at packed inputs (N, D)."""
+
+    def _shape_of_targets(self) -> Likelihood:
+        """A likelihood that has the method's targets."""
+        if not self.is_classification:
+            return GaussianLikelihood()
+        c = self.lin.num_outputs
+        return BernoulliLikelihood() if c == 1 else CategoricalLikelihood(num_classes=c)
+
+    def gaussian_likelihood(self) -> Likelihood:
+        """A Gaussian likelihood with one noise per output, as GP models of the same data have it."""
+        c = self.lin.num_outputs
+        return GaussianLikelihood() if c == 1 else MultitaskGaussianLikelihood(num_tasks=c, has_global_noise=False)
+
+
+def normal(mean: Tensor, covariance: Tensor) -> Distribution:
+    """Outputs with mean (N, C) and covariance (N, C, C) as a distribution: ``Normal`` (N,) for C = 1."""
+    if mean.shape[-1] == 1:
+        return Normal(mean[:, 0], covariance[:, 0, 0].clamp_min(1e-30).sqrt())
+    return MultivariateNormal(mean, covariance_matrix=covariance)
+
+
+def observed(latent_mean: Tensor, latent_covariance: Tensor, noise: Tensor) -> Distribution:
+    """A regression's predictive distribution with its ``latent``.
+
+    :param latent_mean: (N, C).
+    :param latent_covariance: (N, C, C).
+    :param noise: variances, (C,).
+    """
+    found = normal(latent_mean, latent_covariance + torch.diag_embed(noise))
+    found.latent = normal(latent_mean, latent_covariance)  # type: ignore[attr-defined]
+    return found
+
+
+def labelled(probabilities: Tensor, latent: Distribution | None = None) -> Distribution:
+    """A classification's predictive distribution: ``Categorical`` of (N, C) or ``Bernoulli`` of (N,)."""
+    found: Distribution = Bernoulli(probs=probabilities) if probabilities.ndim == 1 else Categorical(probabilities)
+    if latent is not None:
+        found.latent = latent  # type: ignore[attr-defined]
+    return found
