@@ -23,7 +23,7 @@ class Baseline(ABC):
     """A comparator: ``fit(train_data)`` once, then ``predict(x)``.
 
     :param net: the trained network; copied, never modified.
-    :param likelihood: ``"regression"`` (Gaussian, one noise per output) or ``"classification"`` (softmax, or logistic for
+    :param likelihood: ``"regression"`` (Gaussian, one noise per output) or ``"classification"`` (softmax; logistic for
         one output).
     :param groups: parameter groups, where the method has a precision for each.
     :param output: picks the output tensor from what the network returns.
