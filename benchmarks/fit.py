@@ -62,7 +62,7 @@ def regression() -> Problem:
         net = mlp(6, 24, 2, 5, norm=True)
         train(net, x, y, nn.functional.mse_loss, 300)
     lin = ntkgp.LinearizedNetwork(net, x[:4], groups="tensor")
-    return ntkgp.ExactNTKGP(x, y, gpytorch.likelihoods.GaussianLikelihood(), lin).evidence_problem()
+    return ntkgp.ExactNTKGP(x, y, gpytorch.likelihoods.GaussianLikelihood(), lin, form="dual").evidence_problem()
 
 
 def classification() -> Problem:
@@ -74,14 +74,15 @@ def classification() -> Problem:
         net = mlp(6, 24, 10, 5, norm=True)
         train(net, x, labels, nn.functional.cross_entropy, 60)
     lin = ntkgp.LinearizedNetwork(net, x[:4], groups="tensor")
-    return ntkgp.ExactNTKGP(x, labels, ntkgp.CategoricalLikelihood(num_classes=10), lin).evidence_problem()
+    return ntkgp.ExactNTKGP(x, labels, ntkgp.CategoricalLikelihood(num_classes=10), lin, form="dual").evidence_problem()
 
 
 def whole_fits(storage: str) -> None:
     for name, make in (("regression", regression), ("classification", classification)):
         problem = make()
-        packed = replace(problem, grams=SymmetricGrams.from_dense(problem.grams, storage=storage))  # type: ignore
-        for kind, given in (("whole", problem), (storage, packed)):
+        whole = torch.stack([problem.grams.dense(g) for g in range(problem.num_groups)])  # type: ignore[union-attr]
+        packed = SymmetricGrams.from_dense(whole, storage=storage)
+        for kind, given in (("whole", replace(problem, grams=whole)), (storage, replace(problem, grams=packed))):
             for method in ("mackay", "lbfgs"):
                 wall, cpu = time.perf_counter(), time.process_time()
                 report = fit_problem(given, method)
