@@ -149,6 +149,7 @@ def test_the_linear_map_of_draws_is_the_posterior_covariance(outputs: int, monke
     model, _, _, _, at = build(outputs, GaussianLikelihood())
     model.kernel.precision = torch.logspace(-1, 1, len(model.lin.groups))
     parameters, rows = model.lin.num_parameters, N * outputs
+    model(at)  # the passes over the training data draw numbers of their own, to check rules
 
     def unit_vectors(*shape: object, generator: object = None, **kwargs: object) -> Tensor:
         width = shape[-1] if isinstance(shape[-1], int) else shape[0][-1]  # type: ignore[index]
