@@ -1,6 +1,6 @@
 """A trained network is a Gaussian process: error bars, evidence and GPyTorch models from any ``torch.nn.Module``."""
 
-from ntkgp import kernels, likelihoods, means
+from ntkgp import baselines, kernels, likelihoods, means
 from ntkgp.evidence import fit_evidence
 from ntkgp.likelihoods import CategoricalLikelihood
 from ntkgp.linearization import LinearizedNetwork, ParameterGroups
@@ -13,6 +13,7 @@ __all__ = [
     "NystromNTKGP",
     "ParameterGroups",
     "VariationalNTKGP",
+    "baselines",
     "fit_evidence",
     "from_network",
     "kernels",
