@@ -45,7 +45,7 @@ def subnetwork_covariance(p: Problem, kept: list[str]) -> Tensor:
 
 
 @law("R", "BN", "C", groups="tensor", examples=2)
-def test_c7_subnetwork_below_the_full_posterior(p: Problem):
+def test_C7_subnetwork_below_the_full_posterior(p: Problem):
     full = p.covariance()
     names = [name for name, _ in p.net.named_parameters()]
     for kept in (names[-2:], names[::2]):  # the last layer, and a subnetwork
@@ -53,14 +53,14 @@ def test_c7_subnetwork_below_the_full_posterior(p: Problem):
 
 
 @pytest.mark.parametrize("name", ["R", "U", "BN", "C"])
-def test_c7_the_last_layer_falls_short(name):
+def test_C7_the_last_layer_falls_short(name):
     p = problem(name)
     part = subnetwork_covariance(p, [name for name, _ in p.net.named_parameters()][-2:])
     assert (part.diagonal() / p.covariance().diagonal()).median() < 0.9
 
 
 @law("R", "U", "BN", "C", examples=6)
-def test_c13_fischer_over_data_and_over_outputs(p: Problem):
+def test_C13_fischer_over_data_and_over_outputs(p: Problem):
     n, c = len(p.k), p.num_outputs
     a = torch.eye(n, dtype=DOUBLE) + p.k / p.noise
     exact = torch.linalg.slogdet(a)[1]
@@ -76,7 +76,7 @@ def test_c13_fischer_over_data_and_over_outputs(p: Problem):
 
 
 @law("R", "U", "BN", examples=6)
-def test_c14_block_diagonal_ggn(p: Problem):
+def test_C14_block_diagonal_ggn(p: Problem):
     phi = p.j * p.entries.rsqrt()
     ggn = torch.eye(phi.shape[1], dtype=DOUBLE) + phi.T @ phi / p.noise
     exact = torch.linalg.slogdet(ggn)[1]
@@ -88,14 +88,14 @@ def test_c14_block_diagonal_ggn(p: Problem):
     assert abs(dual - bound) <= p.tol(1e-9) * bound.abs()
 
 
-def test_c14_the_packages_grams_of_the_reference_problem():
+def test_C14_the_packages_grams_of_the_reference_problem():
     p = problem("R")
     bound = group_logdet(p.lin.grams(p.x), p.precision.reciprocal(), p.noise)
     assert bound > torch.linalg.slogdet(torch.eye(40, dtype=DOUBLE) + p.k / p.noise)[1] + 1.0
 
 
 @law("R", "U", "BN", examples=8)
-def test_c16_any_iterate_of_any_solver(p: Problem):
+def test_C16_any_iterate_of_any_solver(p: Problem):
     a, cross, prior, v = system(p), p.cross.T, p.k_test.diagonal(), p.v.diagonal()
     generator = torch.Generator().manual_seed(1)
     for m in (1, 3, len(a) // 2, len(a)):
@@ -115,7 +115,7 @@ def test_c16_any_iterate_of_any_solver(p: Problem):
 
 
 @law("R", "BN", "C", "CNN", examples=8)
-def test_c16_by_the_model(p: Problem):
+def test_C16_by_the_model(p: Problem):
     model = p.model()
     v = model(p.x_test).variance.detach()
     # Single precision: the rounding of the Jacobians is the same on both sides.
@@ -130,7 +130,7 @@ def test_c16_by_the_model(p: Problem):
 
 
 @law("R", "U", "BN", examples=6)
-def test_c17_actions_stand_above(p: Problem):
+def test_C17_actions_stand_above(p: Problem):
     a, cross, prior, v = system(p), p.cross.T, p.k_test.diagonal(), p.v.diagonal()
     actions = torch.randn(len(a), len(a) + 2, generator=torch.Generator().manual_seed(0), dtype=DOUBLE)
     actions[:, 3] = actions[:, 1]  # what repeats changes nothing
@@ -147,7 +147,7 @@ def test_c17_actions_stand_above(p: Problem):
 
 
 @law("R", "U", "BN", examples=8)
-def test_c18_log_determinant(p: Problem):
+def test_C18_log_determinant(p: Problem):
     exact = torch.linalg.slogdet(system(p))[1]
     trace = p.k.diagonal().sum() / p.noise
     slack = p.tol(1e-9) * exact.abs()
@@ -164,7 +164,7 @@ def test_c18_log_determinant(p: Problem):
 
 
 @pytest.mark.parametrize("name", ["R", "U", "BN"])
-def test_b21n_the_shortcut_is_no_upper_bound(name):
+def test_B21n_the_shortcut_is_no_upper_bound(name):
     p = problem(name)
     a, cross, prior, v = system(p), p.cross.T, p.k_test.diagonal(), p.v.diagonal()
     w = 1.2 * torch.linalg.solve(a, cross)
@@ -233,7 +233,7 @@ def exact_variance(phi: Tensor, phi_test: Tensor, noise: float) -> Tensor:
     log_noise=st.floats(-6, 3), decay=st.floats(0, 3), log_error=st.floats(-12, 1), steps=st.integers(0, 8),
     solver=st.sampled_from(["zero", "random", "near", "cg", "pcg"]), repeated=st.booleans(),
 )  # fmt: skip
-def test_c16_and_c18_without_a_violation(seed, n, features, m, log_noise, decay, log_error, steps, solver, repeated):
+def test_C16_and_C18_without_a_violation(seed, n, features, m, log_noise, decay, log_error, steps, solver, repeated):
     generator = torch.Generator().manual_seed(seed)
     scale = torch.logspace(0, -decay, features, dtype=DOUBLE)
     phi, phi_test = (scale * torch.randn(k, features, generator=generator, dtype=DOUBLE) for k in (n, 3))
