@@ -8,7 +8,7 @@ from typing import Any
 
 import gpytorch
 import torch
-from gpytorch.distributions import MultitaskMultivariateNormal, MultivariateNormal
+from gpytorch.distributions import MultivariateNormal
 from gpytorch.models import GP, ExactGP
 from linear_operator.operators import LinearOperator
 from torch import Tensor
@@ -22,22 +22,21 @@ from ntkgp.linearization.statistics import rows_at_a_time
 from ntkgp.means import LinearizedMean, NetworkMean
 from ntkgp.models.batches import Batches, packed_inputs, shaped_targets
 from ntkgp.models.certified import Certified
-from ntkgp.models.conditioned import Conditionable
 from ntkgp.models.dual import DualSide
 from ntkgp.models.dual import matrices_of_fit as matrices_of_fit
 from ntkgp.models.forms import Form, choose_form
-from ntkgp.models.noise import NoiseLink, has_fixed_noise, is_classification, prepare_likelihood
+from ntkgp.models.network_gp import NetworkGP
+from ntkgp.models.noise import NoiseLink, has_fixed_noise, prepare_likelihood
 from ntkgp.models.paths import FixedMean, FunctionSamples
 from ntkgp.models.posterior import PosteriorCovariance
 from ntkgp.models.primal import PrimalSide
 
 logger = logging.getLogger("ntkgp")
 
-MEANS = ("network", "posterior")
 CURVATURES = ("simple", "quadratic", "full")
 
 
-class ExactNTKGP(Certified, Conditionable, ExactGP):
+class ExactNTKGP(Certified, NetworkGP, ExactGP):
     r"""The trained network as an exact Gaussian process.
 
     The tangent model :math:`h(x;\theta) = f(x;\tilde\theta) + J(x)(\theta-\tilde\theta)` with the prior
@@ -127,22 +126,6 @@ class ExactNTKGP(Certified, Conditionable, ExactGP):
         logger.info("ExactNTKGP in %s form: %s", self.form, self._form.reason)
 
     @property
-    def covar_module(self) -> NeuralTangentKernel:
-        """The kernel, by GPyTorch's usual name."""
-        return self.kernel
-
-    @property
-    def mean(self) -> str:
-        """Which predictive mean is reported, ``"network"`` or ``"posterior"``; may be changed at any time."""
-        return self._reported_mean
-
-    @mean.setter
-    def mean(self, value: str) -> None:
-        if value not in MEANS:
-            raise ValueError(f"mean: expected one of {MEANS}, got {value!r}")
-        self._reported_mean = value
-
-    @property
     def curvature(self) -> str:
         """Curvature of a classification, set by :func:`~ntkgp.fit_evidence`; may be changed at any time."""
         return CURVATURES[int(self._curvature)]
@@ -152,16 +135,6 @@ class ExactNTKGP(Certified, Conditionable, ExactGP):
         if value not in CURVATURES:
             raise ValueError(f"curvature: expected one of {CURVATURES}, got {value!r}")
         self._curvature.fill_(CURVATURES.index(value))
-
-    @property
-    def batch_shape(self) -> torch.Size:
-        """Empty: one model, however many batches of inputs it is asked about."""
-        return torch.Size()
-
-    @property
-    def is_classification(self) -> bool:
-        """Whether the likelihood is categorical or Bernoulli."""
-        return is_classification(self.likelihood)
 
     @property
     def form(self) -> str:
@@ -231,22 +204,9 @@ class ExactNTKGP(Certified, Conditionable, ExactGP):
         """The prior at packed inputs: mean f(x; θ̃) − J(x)θ̃, covariance the tangent kernel."""
         return self._distribution(self.mean_module(x), self.kernel(x))
 
-    def _distribution(self, mean: Tensor, covariance: LinearOperator | Tensor) -> MultivariateNormal:
-        """(*batch, N) or (*batch, N, C) means with interleaved covariances."""
-        if self.lin.num_outputs == 1:
-            return MultivariateNormal(mean, covariance)
-        return MultitaskMultivariateNormal(mean, covariance)
-
     def _pack(self, x: Any, name: str) -> Tensor:
         """Raw or packed inputs, (N,) where D = 1, as packed float64."""
         return packed_inputs(x, self.lin, name)
-
-    def _inputs(self, x: Any) -> Tensor:
-        """The same, packed ones with any batch dimensions."""
-        packing = self.lin.packing
-        if packing.is_packed(x) and x.ndim > 2 and not packing.is_raw(x):
-            return self._pack(x.reshape(-1, x.shape[-1]), "inputs").reshape(x.shape)
-        return self._pack(x, "inputs")
 
     def _apply(self, fn: Any) -> ExactNTKGP:
         """Moves between devices; ``float()`` and ``half()`` change nothing, since all algebra is in float64."""
@@ -274,7 +234,7 @@ class ExactNTKGP(Certified, Conditionable, ExactGP):
         root = factors.root(cross)
         mean = self._mean(x.reshape(-1, x.shape[-1]), cross).reshape(*batch, points, c)
         covariance = PosteriorCovariance.from_root(prior(x), root.reshape(*batch, points * c, root.shape[-1]))
-        return self._distribution(mean.squeeze(-1) if c == 1 else mean, covariance)
+        return self._distribution(mean, covariance)
 
     def _mean(self, x: Tensor, cross: Tensor | None = None) -> Tensor:
         """The reported predictive mean, (N, D) -> (N, C)."""

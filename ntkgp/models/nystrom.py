@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 import gpytorch
 import torch
-from gpytorch.distributions import MultitaskMultivariateNormal, MultivariateNormal
+from gpytorch.distributions import MultivariateNormal
 from gpytorch.likelihoods import Likelihood
 from gpytorch.models import GP
 from linear_operator.operators import BlockDiagLinearOperator, RootLinearOperator, SumLinearOperator
@@ -27,18 +27,17 @@ from ntkgp.linearization import LinearizedNetwork
 from ntkgp.linearization.memory import parse_memory
 from ntkgp.linearization.nystrom import EIGENVALUE_CUT, LandmarkFeatures
 from ntkgp.means import LinearizedMean, NetworkMean
-from ntkgp.models.batches import Batches, packed_inputs
+from ntkgp.models.batches import Batches
 from ntkgp.models.certified import Certified
-from ntkgp.models.conditioned import Conditionable
 from ntkgp.models.landmarks import choose_landmarks
-from ntkgp.models.noise import is_classification, prepare_likelihood
+from ntkgp.models.network_gp import NetworkGP
+from ntkgp.models.noise import prepare_likelihood
 from ntkgp.models.paths import FixedMean, FunctionSamples
 from ntkgp.models.posterior import without_rounding
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-MEANS = ("network", "posterior")
 OUTPUT_SELECTIONS = ("all", "random")
 
 
@@ -64,7 +63,7 @@ class ResidualCovariance(SumLinearOperator):
         return self.low_rank.point_blocks(num_outputs) + self.blocks.base_linear_op.to_dense()
 
 
-class NystromNTKGP(Certified, Conditionable, GP):
+class NystromNTKGP(Certified, NetworkGP, GP):
     r"""The trained network as a Gaussian process with a Nyström kernel: ELLA, for any number of data.
 
     The kernel :math:`k_\Lambda(x, x') = J(x)\Lambda^{-1}J(x')^\top` is replaced by :math:`\hat k(x, x') =
@@ -179,32 +178,6 @@ class NystromNTKGP(Certified, Conditionable, GP):
         model.kernel.precision = evidence.precision
         return model.eval()
 
-    @property
-    def covar_module(self) -> NeuralTangentKernel:
-        """The kernel that is approximated, by GPyTorch's usual name."""
-        return self.kernel
-
-    @property
-    def mean(self) -> str:
-        """Which predictive mean is reported, ``"network"`` or ``"posterior"``; may be changed at any time."""
-        return self._reported_mean
-
-    @mean.setter
-    def mean(self, value: str) -> None:
-        if value not in MEANS:
-            raise ValueError(f"mean: expected one of {MEANS}, got {value!r}")
-        self._reported_mean = value
-
-    @property
-    def batch_shape(self) -> torch.Size:
-        """Empty: one model, however many batches of inputs it is asked about."""
-        return torch.Size()
-
-    @property
-    def is_classification(self) -> bool:
-        """Whether the likelihood is categorical or Bernoulli."""
-        return is_classification(self.likelihood)
-
     def _passes(self, data: Any) -> Batches:
         return Batches.of(data, self.lin, self.likelihood, self._batch_size or 4096)
 
@@ -283,13 +256,6 @@ class NystromNTKGP(Certified, Conditionable, GP):
         self._kept = (state[0].clone(), state[1].clone(), state[2]), found
         return found
 
-    def _inputs(self, x: Any) -> Tensor:
-        """Raw or packed inputs as packed float64, packed ones with any batch dimensions."""
-        packing = self.lin.packing
-        if packing.is_packed(x) and x.ndim > 2 and not packing.is_raw(x):
-            return packed_inputs(x.reshape(-1, x.shape[-1]), self.lin, "inputs").reshape(x.shape)
-        return packed_inputs(x, self.lin, "inputs")
-
     def forward(self, x: Tensor) -> MultivariateNormal:
         """The prior at packed inputs: mean f − Jθ̃, covariance φφᵀ (and K − φφᵀ at single inputs)."""
         phi = self._phi(x)
@@ -310,11 +276,6 @@ class NystromNTKGP(Certified, Conditionable, GP):
             return self._network_mean(x)
         mean = self.mean_module(x)
         return mean + (phi @ model.mean).reshape(mean.shape)
-
-    def _distribution(self, mean: Tensor, covariance: Any) -> MultivariateNormal:
-        if self.num_outputs == 1:
-            return MultivariateNormal(mean, covariance)
-        return MultitaskMultivariateNormal(mean, covariance)
 
     def _phi(self, x: Tensor) -> Tensor:
         """φ at packed inputs, (*batch, T, D) -> (*batch, T·C, r)."""

@@ -7,10 +7,9 @@ from typing import Any
 
 import gpytorch
 import torch
-from gpytorch.distributions import MultitaskMultivariateNormal, MultivariateNormal
+from gpytorch.distributions import MultivariateNormal
 from gpytorch.kernels import Kernel
 from gpytorch.models import ApproximateGP
-from linear_operator.operators import LinearOperator
 from torch import Tensor
 
 from ntkgp.evidence.single_pass import one_pass
@@ -21,8 +20,8 @@ from ntkgp.linearization import LinearizedNetwork
 from ntkgp.linearization.memory import parse_memory
 from ntkgp.means import LinearizedMean, NetworkMean
 from ntkgp.models.batches import Batches
-from ntkgp.models.conditioned import Conditionable
-from ntkgp.models.noise import NoiseLink, has_fixed_noise, is_classification, prepare_likelihood
+from ntkgp.models.network_gp import NetworkGP
+from ntkgp.models.noise import NoiseLink, has_fixed_noise, prepare_likelihood
 from ntkgp.models.paths import FixedMean, FunctionSamples
 from ntkgp.models.variational.fit import FitHistory, fit_variational
 from ntkgp.models.variational.inducing import checked_inducing_points, checked_output_index
@@ -31,10 +30,8 @@ from ntkgp.models.variational.optimum import Statistics, gather
 from ntkgp.models.variational.products import KernelProducts
 from ntkgp.models.variational.strategy import FixedMeanStrategy
 
-_MEANS = ("network", "posterior")
 
-
-class VariationalNTKGP(Conditionable, ApproximateGP):
+class VariationalNTKGP(NetworkGP, ApproximateGP):
     r"""The trained network as the mean of a sparse variational Gaussian process (VaLLA and fixed-mean GPs).
 
     With M' inducing rows Z, a free matrix L, :math:`A = L(I + L^\top K_Z L)^{-1}L^\top` and the kernel K,
@@ -161,33 +158,9 @@ class VariationalNTKGP(Conditionable, ApproximateGP):
             raise ValueError(f"kernel: expected 1 or C = {lin.num_outputs} outputs per input, got {found}")
         return kernel
 
-    @property
-    def mean(self) -> str:
-        """Which predictive mean is reported, ``"network"`` or ``"posterior"``; may be changed at any time."""
-        return self._reported_mean
-
-    @mean.setter
-    def mean(self, value: str) -> None:
-        if value not in _MEANS:
-            raise ValueError(f"mean: expected one of {_MEANS}, got {value!r}")
+    def _check_mean(self, value: str) -> None:
         if value == "posterior" and not self.products.is_tangent:
             raise ValueError("mean='posterior' is that of the tangent model; with another kernel use mean='network'")
-        self._reported_mean = value
-
-    @property
-    def covar_module(self) -> Kernel:
-        """The kernel, by GPyTorch's usual name."""
-        return self.kernel
-
-    @property
-    def batch_shape(self) -> torch.Size:
-        """Empty: one model, however many batches of inputs it is asked about."""
-        return torch.Size()
-
-    @property
-    def is_classification(self) -> bool:
-        """Whether the likelihood is categorical or Bernoulli."""
-        return is_classification(self.likelihood)
 
     @property
     def inducing_points(self) -> Tensor:
@@ -227,25 +200,9 @@ class VariationalNTKGP(Conditionable, ApproximateGP):
             raise RuntimeError("mean='posterior': fit the model first, or use mean='network'")
         return self.prior_mean(x) + (cross @ self.dual_mean).reshape(len(x), -1)
 
-    def _distribution(self, mean: Tensor, covariance: LinearOperator | Tensor) -> MultivariateNormal:
-        """(*batch, N, C) means with interleaved covariances."""
-        if self.num_outputs == 1:
-            return MultivariateNormal(mean.squeeze(-1), covariance)
-        return MultitaskMultivariateNormal(mean, covariance)
-
-    def _inputs(self, x: Any) -> Tensor:
-        """Raw or packed inputs as packed float64, packed ones with any batch dimensions."""
-        packing = self.lin.packing
-        if packing.is_packed(x) and x.ndim > 2 and not packing.is_raw(x):
-            return packing.pack(x.reshape(-1, x.shape[-1]), "inputs").to(torch.float64).reshape(x.shape)
-        if isinstance(x, Tensor) and x.ndim == 1 and packing.width == 1 and not packing.is_raw(x):
-            x = x.unsqueeze(-1)
-        return packing.pack(x, "inputs").to(torch.float64)
-
     def forward(self, x: Tensor) -> MultivariateNormal:
         """The prior around the network's outputs at packed inputs (*batch, N, D)."""
-        mean = self.mean_module(x).reshape(*x.shape[:-1], self.num_outputs)
-        return self._distribution(mean, self.kernel(x))
+        return self._distribution(self.mean_module(x), self.kernel(x))
 
     def __call__(self, inputs: Any, prior: bool = False, **kwargs: Any) -> MultivariateNormal:
         """The latent process at any inputs; in train mode with the graph to everything that is learned."""

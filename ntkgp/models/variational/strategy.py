@@ -131,8 +131,7 @@ class FixedMeanStrategy(gpytorch.Module):
         model = self.model
         flat = x.reshape(-1, x.shape[-1])
         cross, found = self.cross(flat), self.reduction()
-        mean = model.predictive_mean(flat, cross).reshape(*x.shape[:-1], model.num_outputs)
-        return model._distribution(mean, self.covariance(x, cross, found))
+        return model._distribution(model.predictive_mean(flat, cross), self.covariance(x, cross, found))
 
     def cross(self, flat: Tensor) -> Tensor:
         """K(x, Z) at packed inputs (N, D); with a graph to Z in train mode only."""
