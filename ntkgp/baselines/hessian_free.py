@@ -16,7 +16,7 @@ from tqdm.auto import tqdm
 from ntkgp.baselines.newton_cg import Minima, minimise
 from ntkgp.baselines.protocol import Baseline, labelled, normal, observed
 from ntkgp.baselines.regularised import RegularisedLoss, WeightedOutputs
-from ntkgp.linearization import LinearizedNetwork, ParameterGroups
+from ntkgp.linearization import ParameterGroups
 from ntkgp.linearization.frozen import FrozenNetwork, pass_environment
 from ntkgp.models.batches import Batches
 
@@ -206,9 +206,7 @@ class HessianFreeLaplace(Baseline):
         if missing:
             raise ValueError(f"state: missing or unknown entries {sorted(missing)}")
         if self._lin is None:
-            if example is None:
-                raise ValueError("example: expected inputs as the network takes them, because fit was never called")
-            self._lin = LinearizedNetwork(self.net, example, groups=self._groups, output=self._output)
+            self._linearize(example)
         if state["theta"].shape != (self.lin.num_parameters,):
             raise ValueError(f"state: theta has shape {tuple(state['theta'].shape)}, not ({self.lin.num_parameters},)")
         self._state = {name: tensor.clone() for name, tensor in state.items()}

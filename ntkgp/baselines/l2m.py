@@ -14,7 +14,7 @@ from torch.distributions import Distribution
 
 from ntkgp.baselines.moments import SecondMoments, second_moments
 from ntkgp.baselines.protocol import Baseline, labelled, normal, observed
-from ntkgp.linearization import LinearizedNetwork, ParameterGroups
+from ntkgp.linearization import ParameterGroups
 from ntkgp.linearization.frozen import pass_environment
 from ntkgp.models.batches import Batches
 
@@ -311,9 +311,7 @@ class L2M(Baseline):
         :raises ValueError: other names or shapes, or no example.
         """
         if self._lin is None:
-            if example is None:
-                raise ValueError("example: expected inputs as the network takes them, for nothing was fitted yet")
-            self._lin = LinearizedNetwork(self.net, example, groups=self._groups, output=self._output)
+            self._linearize(example)
         p = self.lin.num_parameters
         shapes = {"precision": (p,), "data": (p,), "noise": ()}
         came = {name: tuple(tensor.shape) for name, tensor in state.items()}

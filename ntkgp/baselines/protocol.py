@@ -65,11 +65,15 @@ class Baseline(ABC):
 
     def fit(self, train_data: Any) -> Baseline:
         """Fit to ``(x, y)``, a Dataset or a DataLoader; return itself."""
-        if self._lin is None:
-            example = collect_raw(train_data, limit=0).example
-            self._lin = LinearizedNetwork(self.net, example, groups=self._groups, output=self._output)
+        # Always anew: the network may have been trained on since the last fit.
+        self._linearize(collect_raw(train_data, limit=0).example)
         self._fit(Batches.of(train_data, self.lin, self._shape_of_targets()))
         return self
+
+    def _linearize(self, example: Any) -> None:
+        if example is None:
+            raise ValueError("example: expected inputs as the network takes them, for nothing was fitted yet")
+        self._lin = LinearizedNetwork(self.net, example, groups=self._groups, output=self._output)
 
     def predict(self, x: Any) -> Distribution:
         """The predictive distribution over y at N inputs.

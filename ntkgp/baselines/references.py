@@ -17,7 +17,6 @@ from torch.distributions import Distribution, Independent, Normal
 
 from ntkgp.baselines.protocol import Baseline, labelled, normal
 from ntkgp.likelihoods import BernoulliLikelihood, CategoricalLikelihood
-from ntkgp.linearization import LinearizedNetwork
 from ntkgp.linearization.frozen import pass_environment
 from ntkgp.models.batches import Batches
 
@@ -44,9 +43,7 @@ class StatefulBaseline(Baseline):
         :raises ValueError: other names than :meth:`state_dict` gives, or no example.
         """
         if self._lin is None:
-            if example is None:
-                raise ValueError("example: expected inputs as the network takes them, for nothing was fitted yet")
-            self._lin = LinearizedNetwork(self.net, example, groups=self._groups, output=self._output)
+            self._linearize(example)
         unknown, missing = set(state) - set(self._state), set(self._state) - set(state)
         if unknown or missing:
             raise ValueError(f"state: unexpected {sorted(unknown)}, missing {sorted(missing)}")

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ntkgp.linearization.checks import check_rows, check_weights
 from ntkgp.linearization.frozen import FrozenNetwork, Weights, pass_environment
 from ntkgp.linearization.grams import products
 from ntkgp.linearization.grams.engine import Engine, Side
@@ -77,13 +78,13 @@ class LinearizedNetwork:
             raise TypeError("net: holds a TorchScript module; expected the ordinary module that it was made from")
         self.packing = InputPacking(example)
         self._max_memory = parse_memory(max_memory)
-        self._check_weights(net)
+        check_weights(net)
         packed = _ordinary(self.packing.pack(example, "example"))
         # Tensors made in inference mode could never enter a graph.
         with torch.inference_mode(False):
             self.frozen = FrozenNetwork(net, self.packing.tree, output, self.packing.dtypes)
             with pass_environment(packed.device):
-                self._probe_rows = self._check_outputs(packed[: min(4, len(packed))])
+                self._probe_rows, self.output_shape = check_rows(self.frozen, self.packing, packed[:4])
                 leaves = self.packing.leaves(self._probe_rows[:2])
                 self.activation_bytes = self.frozen.activation_bytes(leaves)
                 self.frozen.probe(leaves)
@@ -91,62 +92,6 @@ class LinearizedNetwork:
             # The matrix is (N, C) inside; what the network returned per row is kept to restore it.
             self.num_outputs = math.prod(self.output_shape)
             self.groups = self._make_groups(groups, {id(p): name for name, p in net.named_parameters()})
-
-    @staticmethod
-    def _check_weights(net: nn.Module) -> None:
-        trainable = [(name, p) for name, p in net.named_parameters() if p.requires_grad]
-        if any(isinstance(p, nn.parameter.UninitializedParameter) for p in net.parameters()):
-            raise ValueError("net has uninitialised (lazy) parameters; run it once before linearising")
-        if not trainable:
-            raise ValueError("net has no trainable parameter: no parameter has requires_grad=True")
-        for name, p in trainable:
-            if not p.is_floating_point():
-                raise TypeError(f"net: parameter {name!r} is {p.dtype}; expected a real floating-point dtype")
-        for name, p in net.named_parameters():
-            if p.is_floating_point() and not torch.isfinite(p.detach()).all():
-                raise ValueError(f"net: parameter {name!r} holds NaN or infinite values")
-
-    def _check_outputs(self, x: Tensor) -> Tensor:
-        """Rows (two at least) on which the network was seen to treat every row on its own."""
-        leaves = self.packing.leaves(x)
-        if len(x) == 1:
-            leaves = [torch.cat([leaf, _another_row(leaf)]) for leaf in leaves]
-        module = self.frozen.module(leaves[0].device)
-        with torch.no_grad():
-            try:
-                batch = self.frozen.run(module, leaves)
-            except (RuntimeError, ValueError, IndexError, KeyError) as reason:
-                raise ValueError(f"example: the network does not run on it ({reason})") from reason
-            if batch.ndim == 0 or batch.shape[0] != leaves[0].shape[0]:
-                raise ValueError(
-                    f"net: expected an output with N = {leaves[0].shape[0]} rows, got shape {tuple(batch.shape)}"
-                )
-            try:
-                rows = [self.frozen.run(module, [leaf[n : n + 1] for leaf in leaves]) for n in range(len(batch))]
-            except (RuntimeError, ValueError, IndexError) as reason:
-                raise ValueError(
-                    f"net: runs on {len(batch)} rows but not on one ({reason}); a Gaussian process needs f(x) per row. "
-                    "BatchNorm must keep running statistics"
-                ) from reason
-        if not torch.isfinite(batch).all():
-            raise ValueError("net: its outputs on the example are NaN or infinite")
-        single = torch.cat(rows)
-        if batch[0].numel() == 0:
-            raise ValueError(f"net: expected at least one output per row, got shape {tuple(batch.shape)}")
-        tolerance = 1e-6 if batch.dtype == torch.float64 else (1e-2 if batch.element_size() < 4 else 1e-3)
-        error = (batch - single).abs().max() / batch.abs().max().clamp_min(1e-30)
-        if error > tolerance:
-            raise ValueError(
-                "net: its output for a row depends on the other rows of the batch, or is random "
-                f"(relative change {float(error):.1e} when the row is alone); a Gaussian process needs f(x) per row. "
-                "BatchNorm must keep running statistics, dropout must follow train/eval mode"
-            )
-        self.output_shape: torch.Size = batch.shape[1:]
-        return torch.cat([leaf.reshape(len(leaf), -1).to(self._pack_dtype(leaves)) for leaf in leaves], dim=-1)
-
-    @staticmethod
-    def _pack_dtype(leaves: list[Tensor]) -> torch.dtype:
-        return leaves[0].dtype if len(leaves) == 1 and leaves[0].is_floating_point() else torch.float64
 
     def _make_groups(self, groups: str | ParameterGroups, identities: dict[int, str]) -> ParameterGroups:
         names = list(self.frozen.theta)
@@ -513,11 +458,3 @@ def _ordinary(x: Tensor) -> Tensor:
     """The tensor, or a copy of one that was made in inference mode and cannot enter a graph."""
     with torch.inference_mode(False):
         return x.clone() if x.is_inference() else x
-
-
-def _another_row(leaf: Tensor) -> Tensor:
-    """A second, different row made of the first one's values, so that it is valid input for any network."""
-    flipped = leaf.flip(-1) if leaf.ndim > 1 else leaf.clone()
-    if torch.equal(flipped, leaf) and leaf.is_floating_point():
-        return leaf * 0.5 + 0.25
-    return flipped

@@ -21,7 +21,7 @@ from ntkgp.baselines.laplace.structures import Diagonal, Dual, Primal, Structure
 from ntkgp.baselines.laplace.tangent import Tangent, squared_errors
 from ntkgp.baselines.protocol import Baseline, labelled, normal, observed
 from ntkgp.likelihoods import BernoulliLikelihood, CategoricalLikelihood
-from ntkgp.linearization import LinearizedNetwork, ParameterGroups
+from ntkgp.linearization import ParameterGroups
 from ntkgp.linearization.frozen import pass_environment
 from ntkgp.models.batches import Batches
 
@@ -353,8 +353,7 @@ class Laplace(Baseline):
         :raises ValueError: other weights, or another structure.
         """
         if self._lin is None:
-            held = state["example"] if example is None else example
-            self._lin = LinearizedNetwork(self.net, held, groups=self._groups, output=self._output)
+            self._linearize(state["example"] if example is None else example)
         if state["theta"].shape != self.lin.theta.shape or not torch.equal(state["theta"], self.lin.theta):
             raise ValueError("state: was fitted to a network with other weights")
         self._example = self.lin.pack(state["example"]).double()
