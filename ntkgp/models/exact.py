@@ -23,7 +23,6 @@ from ntkgp.means import LinearizedMean, NetworkMean
 from ntkgp.models.batches import Batches, packed_inputs, shaped_targets
 from ntkgp.models.certified import Certified
 from ntkgp.models.dual import DualSide
-from ntkgp.models.dual import matrices_of_fit as matrices_of_fit
 from ntkgp.models.forms import Form, choose_form
 from ntkgp.models.network_gp import NetworkGP
 from ntkgp.models.noise import NoiseLink, has_fixed_noise, prepare_likelihood

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from typing import NamedTuple
 
 from gpytorch.likelihoods import Likelihood, MultitaskGaussianLikelihood
@@ -62,8 +63,8 @@ def primal_form(lin: LinearizedNetwork, likelihood: Likelihood, num_data: int | 
             raise ValueError("likelihood: fixed noise belongs to rows in their order; pass tensors, not a DataLoader")
         check_fixed_noise(likelihood, num_data)
         noise = NoiseLink(likelihood, num_data, c).model()
-        pairs = zip(noise.fixed.tolist(), noise.component.tolist(), strict=True)
-        counts = [num_data * c] if noise.num_learned == 0 else list(_count(pairs).values())
+        kinds_of_rows = Counter(zip(noise.fixed.tolist(), noise.component.tolist(), strict=True))
+        counts = [num_data * c] if noise.num_learned == 0 else list(kinds_of_rows.values())
         rows, kinds = sum(min(p, n) for n in counts), sum(n > p for n in counts)
         kept = sum(n for n in counts if n <= p)
     else:
@@ -74,13 +75,6 @@ def primal_form(lin: LinearizedNetwork, likelihood: Likelihood, num_data: int | 
     known = "" if num_data is None else f" of N·C = {num_data * c:,}"
     reason = f"{rows:,} compressed rows at most{known}, P = {p:,}"
     return Form("primal", rows, needed, reason)
-
-
-def _count(pairs: object) -> dict[tuple[float, int], int]:
-    found: dict[tuple[float, int], int] = {}
-    for pair in pairs:  # type: ignore[attr-defined]
-        found[pair] = found.get(pair, 0) + 1
-    return found
 
 
 def choose_form(
