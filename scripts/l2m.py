@@ -81,7 +81,7 @@ def main() -> None:
         net, optimizer = trained(x, standard, arguments.steps, arguments.seed)
         fits = {
             "printed": L2M(net, optimizer=optimizer, variant="paper"),
-            "corrected": L2M(net, optimizer=optimizer, batch_size=BATCH, precision=PRECISION, prediction="linearised"),
+            "corrected": L2M(net, optimizer=optimizer, batch_size=BATCH, precision=PRECISION, prediction="glm"),
         }
         for name, l2m in fits.items():
             l2m.fit((x, standard))

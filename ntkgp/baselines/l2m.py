@@ -22,7 +22,7 @@ logger = logging.getLogger("ntkgp")
 
 VARIANTS = ("paper", "corrected")
 LOSSES = ("auto", "mse", "nll")
-PREDICTIONS = ("weights", "linearised")
+PREDICTIONS = ("weights", "glm")
 _EPSILON = 1e-8  # of the printed form
 _FLOOR = 1e-10  # of a latent covariance, relative: S samples may span fewer directions than there are outputs
 
@@ -63,8 +63,8 @@ class L2M(Baseline):
         decay; ``"corrected"``: sNw for a coupled decay w; AdamW's decoupled decay corresponds to no precision, so that
         one has to be given.
     :param noise: σ²; the mean squared residual by default.
-    :param prediction: ``"weights"``, samples of weights through the network itself, as printed, or ``"linearised"``,
-        the exact moments of the tangent model.
+    :param prediction: ``"weights"``, samples of weights through the network itself, as printed, or ``"glm"``, the exact
+        moments of the tangent model; by default that of the variant, ``"glm"`` for the corrected one.
     :param num_samples: of weights.
     :raises ValueError: an option out of its range; at :meth:`fit`, an optimiser or a batch size that does not fit.
 
@@ -101,9 +101,11 @@ class L2M(Baseline):
         loss: str = "auto",
         precision: float | Tensor | None = None,
         noise: float | None = None,
-        prediction: str = "weights",
+        prediction: str | None = None,
         num_samples: int = 500,
     ) -> None:
+        if prediction is None:
+            prediction = "weights" if variant == "paper" else "glm"
         super().__init__(
             net, likelihood, groups=groups, output=output, max_memory=max_memory, seed=seed, progress=progress
         )
@@ -248,7 +250,7 @@ class L2M(Baseline):
         return self.given_noise
 
     def _predict(self, x: Tensor) -> Distribution:
-        if self.prediction == "linearised":
+        if self.prediction == "glm":
             return self._predict_linearised(x)
         f = self.output_samples(x)
         mean, centred = f.mean(0), f - f.mean(0)

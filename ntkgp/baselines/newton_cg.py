@@ -104,8 +104,11 @@ def _newton_direction(
         curvature = (search[rows] * product).sum(-1)
         positive = curvature > 0
         convex[rows] &= positive
-        # Of an indefinite Hessian the preconditioner has the sizes of its eigenvalues: its step leaves saddles.
-        direction[rows[~positive]] = first[rows[~positive]]
+        # What the steps before it found descends too, and far more than the first one where the preconditioner knows
+        # nothing of the Hessian; at the first step itself the preconditioned gradient leaves saddles.
+        bent = rows[~positive]
+        bent = bent[(direction[bent] == 0).all(-1)]
+        direction[bent] = first[bent]
         running[rows] &= positive
         rows, product, curvature = rows[positive], product[positive], curvature[positive]
         step = (inner[rows] / curvature).unsqueeze(-1)

@@ -96,15 +96,19 @@ class Baseline(ABC):
 
     def _shape_of_targets(self) -> Likelihood:
         """A likelihood that has the method's targets."""
-        if not self.is_classification:
-            return GaussianLikelihood()
-        c = self.lin.num_outputs
-        return BernoulliLikelihood() if c == 1 else CategoricalLikelihood(num_classes=c)
+        return likelihood_of(self.kind, self.lin.num_outputs)
 
     def gaussian_likelihood(self) -> Likelihood:
         """A Gaussian likelihood with one noise per output, as GP models of the same data have it."""
         c = self.lin.num_outputs
         return GaussianLikelihood() if c == 1 else MultitaskGaussianLikelihood(num_tasks=c, has_global_noise=False)
+
+
+def likelihood_of(kind: str, num_outputs: int) -> Likelihood:
+    """A likelihood whose targets are of this kind."""
+    if kind == "regression":
+        return GaussianLikelihood()
+    return BernoulliLikelihood() if num_outputs == 1 else CategoricalLikelihood(num_classes=num_outputs)
 
 
 def normal(mean: Tensor, covariance: Tensor) -> Distribution:

@@ -104,7 +104,7 @@ class VariationalLaplace(StatefulBaseline):
         ``"gradient"``: log σ is learned, starting from log s − 3, as in the paper.
     :param exact_fisher: with the closed form, end with the exact F at the final μ (C backward passes per row) instead
         of the running mean.
-    :param prediction: ``"linearized"``: outputs with covariance :math:`J(x)\,\mathrm{diag}(\sigma^2)J(x)^\top` at μ;
+    :param prediction: ``"glm"``: outputs with covariance :math:`J(x)\,\mathrm{diag}(\sigma^2)J(x)^\top` at μ;
         ``"network"``: the network at μ alone, as the paper predicts.
     :param link: ``"probit"``, ``"mc"`` or ``"bridge"`` for linearised classification.
     :param epochs: passes over the data; the learning rate is divided by 10 after one half and three quarters of them.
@@ -146,7 +146,7 @@ class VariationalLaplace(StatefulBaseline):
         temperature: float = 1.0,
         variance: str = "closed_form",
         exact_fisher: bool = True,
-        prediction: str = "linearized",
+        prediction: str = "glm",
         link: str = "probit",
         epochs: int = 200,
         batch_size: int = 128,
@@ -159,7 +159,7 @@ class VariationalLaplace(StatefulBaseline):
         super().__init__(net, likelihood, **common)
         for name, value, allowed in (
             ("variance", variance, ("closed_form", "gradient")),
-            ("prediction", prediction, ("linearized", "network")),
+            ("prediction", prediction, ("glm", "network")),
         ):
             if value not in allowed:
                 raise ValueError(f"{name}: expected one of {allowed}, got {value!r}")

@@ -342,3 +342,27 @@ def test_newton_cg_minimises_functions_side_by_side() -> None:
     assert found.converged.all()
     expected = torch.tensor([[1.0, 1.0], [2.0, 4.0]], dtype=DOUBLE)
     torch.testing.assert_close(found.theta, expected, rtol=1e-8, atol=1e-8)
+
+
+class _Wells:
+    """Σ c_i (θ_i² − 1)² with c from 1 to 10⁴: far from its minima the Hessian is indefinite and ill-conditioned."""
+
+    def __init__(self, size: int) -> None:
+        self.scales = torch.logspace(0, 4, size, dtype=DOUBLE)
+
+    def value_and_gradient(self, theta: Tensor, index: Tensor) -> tuple[Tensor, Tensor]:
+        rest = theta.square() - 1
+        return (self.scales * rest.square()).sum(-1), 4 * self.scales * theta * rest
+
+    def hessian_product(self, theta: Tensor, vectors: Tensor, index: Tensor) -> Tensor:
+        return self.scales * (12 * theta.square() - 4) * vectors
+
+
+def test_newton_cg_keeps_what_it_found_before_negative_curvature() -> None:
+    start = torch.linspace(0.3, 2.0, 40, dtype=DOUBLE).unsqueeze(0)
+    found = minimise(
+        _Wells(40), start, torch.tensor([1e-8], dtype=DOUBLE), lambda v: v, forcing=1e-3, max_iterations=40,
+    )  # fmt: skip
+    # With gradient steps wherever the curvature is negative it is not there after 300 iterations.
+    assert found.converged.all()
+    torch.testing.assert_close(found.theta.abs(), torch.ones_like(start), rtol=1e-8, atol=1e-8)

@@ -193,7 +193,7 @@ def test_frozen_parameters_and_parameters_without_gradients() -> None:
 def test_linearised_prediction_has_the_exact_moments() -> None:
     net, optimizer, x, y = trained(outputs=3)
     l2m = L2M(
-        net, optimizer=optimizer, batch_size=8, precision=2.0, noise=0.1, prediction="linearised", max_memory="64KiB"
+        net, optimizer=optimizer, batch_size=8, precision=2.0, noise=0.1, prediction="glm", max_memory="64KiB"
     ).fit((x, y))
     x_test = 2 * x[:7]
     j = reference.jacobian(net, x_test)
@@ -210,7 +210,7 @@ def test_weight_samples_go_through_the_network_itself(outputs: int, classificati
     net, optimizer, x, y = trained(outputs, classification)
     l2m = L2M(
         net, "classification" if classification else "regression", optimizer=optimizer, batch_size=8, precision=5.0,
-        noise=None if classification else 0.2, num_samples=20,
+        noise=None if classification else 0.2, num_samples=20, prediction="weights",
     ).fit((x, y))  # fmt: skip
     own = copy.deepcopy(net)
     rows = []

@@ -40,6 +40,12 @@ class Evaluated:
     delta: Tensor
 
 
+def finds_mode_directly(structure: Structure, tangent: Tangent) -> bool:
+    """Whether θ⋆ is found by some factorisations of kept rows, not by many products."""
+    exact = not isinstance(structure, Diagonal | Kfac)
+    return tangent.is_kept and (exact or min(tangent.count() * structure.lin.num_outputs, tangent.size) <= _MOST_EXACT)
+
+
 def _companion(structure: Structure, tangent: Tangent) -> Structure | None:
     """The whole H, to find θ⋆ of an approximate structure in a step or two, where it is small and rows are kept."""
     rows, p = tangent.count() * structure.lin.num_outputs, tangent.size

@@ -14,7 +14,7 @@ from torch.distributions import Distribution
 
 from ntkgp.baselines.laplace import selection
 from ntkgp.baselines.laplace.capture import own_module
-from ntkgp.baselines.laplace.evidence import Evidence
+from ntkgp.baselines.laplace.evidence import Evidence, finds_mode_directly
 from ntkgp.baselines.laplace.kfac import Kfac
 from ntkgp.baselines.laplace.last_layer import Head, LastLayer
 from ntkgp.baselines.laplace.structures import Diagonal, Dual, Primal, Structure
@@ -75,9 +75,10 @@ class Laplace(Baseline):
         epoch.
     :ivar precision: of each group, (G,); 1 or the start for groups outside the structure.
     :ivar noise: of each output, (C,).
-    :ivar log_evidences: at ``"theta"`` and ``"theta_star"`` (left out where nothing asks for θ⋆ and the rows do not fit
-        in memory). Their difference, :math:`\tfrac12\lVert\theta_\star - \tilde\theta
-        \rVert^2_{H + \Lambda}` for a Gaussian likelihood and full H, says how wrong the one at θ̃ is.
+    :ivar log_evidences: at ``"theta"`` and ``"theta_star"`` (left out where nothing asks for θ⋆ and it would take many
+        products: rows that do not fit in memory, or large approximate structures). Their difference,
+        :math:`\tfrac12\lVert\theta_\star - \tilde\theta\rVert^2_{H + \Lambda}` for a Gaussian likelihood and full H,
+        says how wrong the one at θ̃ is.
     :ivar theta_star: all weights, (P,); those outside the structure as in θ̃.
     :raises ValueError: an unknown option, or one that the structure does not have; a matrix that does not fit in
         `max_memory`.
@@ -184,7 +185,7 @@ class Laplace(Baseline):
 
     def _finish(self, structure: Structure, tangent: Tangent, precision: Tensor, noise: Tensor) -> None:
         """The evidences and θ⋆ at the final precisions; θ⋆ not where it is unasked for and takes many passes."""
-        star = self.evidence == "theta_star" or self.mean == "posterior" or tangent.is_kept
+        star = self.evidence == "theta_star" or self.mean == "posterior" or finds_mode_directly(structure, tangent)
         self.log_evidences, self._delta = {}, None
         for at in EVIDENCES[not star :][::-1]:
             found = Evidence(structure, tangent, at).evaluate(precision, noise)

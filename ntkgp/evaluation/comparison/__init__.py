@@ -1,0 +1,7 @@
+"""Methods side by side: one call, one table."""
+
+from ntkgp.evaluation.comparison.compare import compare
+from ntkgp.evaluation.comparison.methods import Method, method_names
+from ntkgp.evaluation.comparison.results import Comparison, Row, Table
+
+__all__ = ["Comparison", "Method", "Row", "Table", "compare", "method_names"]

@@ -1,0 +1,435 @@
+"""What a comparison found: rows, tables of them in four formats, and their pictures."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import math
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from ntkgp.evaluation import plots
+from ntkgp.evaluation.comparison.scores import LARGER_IS_BETTER, Predicted
+from ntkgp.evaluation.ranks import critical_difference_diagram, rank_test
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+SHOWN = {
+    "regression": ("nll", "rmse", "crps", "cqm", "coverage", "ood_auc"),
+    "classification": ("nll", "accuracy", "ece", "brier", "ood_auc", "ood_auc_variance"),
+}
+_TITLES = {
+    "nll": "NLL", "rmse": "RMSE", "crps": "CRPS", "cqm": "CQM", "coverage": "95 % cov.", "width": "95 % width",
+    "ood_auc": "OOD-AUC", "ood_aupr": "OOD-AUPR", "ood_fpr95": "OOD-FPR95", "ood_auc_variance": "OOD-AUC (var.)",
+    "accuracy": "accuracy", "ece": "ECE", "adaptive_ece": "adaptive ECE", "brier": "Brier", "aurc": "AURC",
+    "calibrated_nll": "NLL, temp.", "seconds": "seconds", "memory": "MB",
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Row:
+    """One method on one data set.
+
+    :param method: its label.
+    :param data: name of the data set and of the split.
+    :param scores: by name; empty where the method failed.
+    :param errors: standard errors over the test points, nan where a score is no mean over points.
+    :param fit_seconds, predict_seconds: wall clock.
+    :param memory: peak of the method's process above that with the network and the data alone, in MB; nan where it was
+        not measured.
+    :param failure: why there are no scores.
+    :param predicted: of the test inputs, for the curves.
+    """
+
+    method: str
+    data: str = ""
+    scores: dict[str, float] = field(default_factory=dict)
+    errors: dict[str, float] = field(default_factory=dict)
+    fit_seconds: float = math.nan
+    predict_seconds: float = math.nan
+    memory: float = math.nan
+    failure: str = ""
+    predicted: Predicted | None = field(default=None, repr=False, compare=False)
+
+    @property
+    def seconds(self) -> float:
+        """Of fit and prediction together."""
+        return self.fit_seconds + self.predict_seconds
+
+    def value(self, column: str) -> float:
+        """A score, the seconds or the memory; nan where there is none."""
+        if column in ("seconds", "memory"):
+            return float(getattr(self, column))
+        return self.scores.get(column, math.nan)
+
+    def to_json(self) -> str:
+        """All but the predictions."""
+        plain = asdict(replace(self, predicted=None))
+        del plain["predicted"]
+        return json.dumps(plain)
+
+    @classmethod
+    def from_json(cls, text: str) -> Row:
+        """What :meth:`to_json` wrote."""
+        return cls(**json.loads(text))
+
+
+class Table(Sequence[dict[str, Any]]):
+    """Rows of strings under titles, in the format that is asked for; ``print`` gives plain text.
+
+    :param titles: of the columns.
+    :param cells: rows of texts.
+    :param values: the same rows as dicts of numbers: what indexing gives.
+    """
+
+    def __init__(self, titles: Sequence[str], cells: Sequence[Sequence[str]], values: Sequence[dict[str, Any]]) -> None:
+        self.titles, self.cells, self._values = list(titles), [list(row) for row in cells], list(values)
+
+    def __len__(self) -> int:
+        return len(self._values)
+
+    def __getitem__(self, index: Any) -> Any:
+        return self._values[index]
+
+    def __iter__(self) -> Iterator[dict[str, Any]]:
+        return iter(self._values)
+
+    def __str__(self) -> str:
+        return self.to_text()
+
+    def __repr__(self) -> str:
+        return self.to_text()
+
+    def _repr_markdown_(self) -> str:
+        return self.to_markdown()
+
+    def to_text(self) -> str:
+        """Columns of fixed width, for a terminal."""
+        lines = [self.titles, *self.cells]
+        widths = [max(text_width(line[i]) for line in lines) for i in range(len(self.titles))]
+        padded = [[pad(cell, width, left=not i) for i, (cell, width) in enumerate(zip(line, widths, strict=True))]
+                  for line in lines]  # fmt: skip
+        rows = ["  ".join(line).rstrip() for line in padded]
+        return "\n".join([rows[0], "  ".join("-" * width for width in widths), *rows[1:]])
+
+    def to_markdown(self) -> str:
+        """A table of GitHub's Markdown."""
+        lines = [self.titles, ["---"] + ["--:"] * (len(self.titles) - 1), *self.cells]
+        return "\n".join("| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |" for line in lines)
+
+    def to_latex(self) -> str:
+        r"""A ``tabular`` with booktabs' rules (``\usepackage{booktabs}``)."""
+        columns = "l" + "r" * (len(self.titles) - 1)
+        lines = [" & ".join(map(_latex, line)) + r" \\" for line in (self.titles, *self.cells)]
+        inner = [r"\toprule", lines[0], r"\midrule", *lines[1:], r"\bottomrule"]
+        return "\n".join([rf"\begin{{tabular}}{{{columns}}}", *inner, r"\end{tabular}"])
+
+    def to_csv(self) -> str:
+        """Comma-separated texts with a header."""
+        out = io.StringIO()
+        csv.writer(out, lineterminator="\n").writerows([self.titles, *self.cells])
+        return out.getvalue()
+
+
+class Comparison:
+    """Rows of several methods, on one data set or on many.
+
+    :param rows: of all methods and data sets.
+    :param kind: ``"regression"`` or ``"classification"``.
+    :param targets: of each data set by name, as the predictions are scaled; for the curves.
+    :param notes: what the reader of the table should know.
+    """
+
+    def __init__(
+        self, rows: Iterable[Row], kind: str, targets: dict[str, Tensor] | None = None, notes: Iterable[str] = ()
+    ) -> None:
+        self.rows, self.kind, self.notes = list(rows), kind, list(dict.fromkeys(notes))
+        self.targets = dict(targets or {})
+
+    @classmethod
+    def joined(cls, parts: Iterable[Comparison]) -> Comparison:
+        """Comparisons of several data sets, or splits of them, as one: ``data`` before a ``/`` names the set.
+
+        :raises ValueError: nothing to join, or comparisons of different kinds.
+        """
+        found = list(parts)
+        kinds = {part.kind for part in found}
+        if len(kinds) != 1:
+            raise ValueError(f"parts: expected comparisons of one kind, got {sorted(kinds) or 'none'}")
+        targets = {name: y for part in found for name, y in part.targets.items()}
+        notes = [note for part in found for note in part.notes]
+        return cls([row for part in found for row in part.rows], kinds.pop(), targets, notes)
+
+    @classmethod
+    def from_csv(cls, path: str | Path, kind: str) -> Comparison:
+        """What :meth:`to_csv` wrote: all but the predictions and the notes.
+
+        :param kind: ``"regression"`` or ``"classification"``.
+        """
+        with Path(path).open(newline="", encoding="utf-8") as file:
+            return cls([_parsed(line) for line in csv.DictReader(file)], kind)
+
+    @property
+    def methods(self) -> list[str]:
+        """Labels in the order of their first row."""
+        return list(dict.fromkeys(row.method for row in self.rows))
+
+    @property
+    def datasets(self) -> list[str]:
+        """Names of data sets, without their splits."""
+        return list(dict.fromkeys(_set(row.data) for row in self.rows))
+
+    @property
+    def failures(self) -> dict[tuple[str, str], str]:
+        """Why a method has no scores, by method and data."""
+        return {(row.method, row.data): row.failure for row in self.rows if row.failure}
+
+    def __getitem__(self, method: str) -> Row:
+        """The row of a method, where there is one data set.
+
+        :raises KeyError: no or several rows of this label.
+        """
+        found = [row for row in self.rows if row.method == method]
+        if len(found) != 1:
+            raise KeyError(f"{len(found)} rows of {method!r}; methods: {', '.join(self.methods)}")
+        return found[0]
+
+    def summary(self, column: str, method: str, data: str) -> tuple[float, float, int]:
+        """Mean and standard error of a column over the splits of a set, and the number of splits with scores.
+
+        With one split the error is that over its test points.
+        """
+        rows = [row for row in self.rows if row.method == method and _set(row.data) == data and not row.failure]
+        values = [row.value(column) for row in rows]
+        values = [value for value in values if not math.isnan(value)]
+        if not values:
+            return math.nan, math.nan, 0
+        if len(values) == 1:
+            return values[0], rows[0].errors.get(column, math.nan), 1
+        tensor = torch.tensor(values, dtype=torch.float64)
+        return float(tensor.mean()), float(tensor.std() / math.sqrt(len(values))), len(values)
+
+    @property
+    def table(self) -> Table:
+        """The usual columns; best scores are marked with ``*``, those within one standard error of them with ``°``."""
+        return self.table_of()
+
+    def table_of(self, columns: Sequence[str] | None = None) -> Table:
+        """A table of some columns: names of scores, ``"seconds"``, ``"memory"``; by default those that matter most."""
+        names = list(columns or [c for c in SHOWN[self.kind] if self._has(c)] + ["seconds", "memory"])
+        several = len(self.datasets) > 1 or any(self.datasets)
+        cells, values = [], []
+        for data in self.datasets:
+            best = {name: self._best(name, data) for name in names}
+            for method in self.methods:
+                found = {name: self.summary(name, method, data) for name in names}
+                if not any(row.method == method and _set(row.data) == data for row in self.rows):
+                    continue
+                texts = [_cell(name, *found[name], best[name]) for name in names]
+                failure = self._failure(method, data)
+                if failure and not any(count for _, _, count in found.values()):
+                    texts = ["failed: " + failure] + [""] * (len(names) - 1)
+                cells.append([method, *([data] if several else []), *texts])
+                values.append({"method": method, "data": data, "failure": failure}
+                              | {name: found[name][0] for name in names}
+                              | {f"{name}_error": found[name][1] for name in names})  # fmt: skip
+        titles = ["method", *(["data"] if several else []), *(_TITLES.get(name, name) for name in names)]
+        return Table(titles, cells, values)
+
+    def to_csv(self, path: str | Path | None = None) -> str:
+        """Every number of every row as comma-separated values; also written to a file where one is named."""
+        scores = list(dict.fromkeys(name for row in self.rows for name in row.scores))
+        out = io.StringIO()
+        writer = csv.writer(out, lineterminator="\n")
+        header = ["method", "data", *scores, *(f"{name}_error" for name in scores)]
+        writer.writerow([*header, "fit_seconds", "predict_seconds", "memory", "failure"])
+        for row in self.rows:
+            numbers = [*(row.scores.get(name) for name in scores), *(row.errors.get(name) for name in scores)]
+            rest = [row.fit_seconds, row.predict_seconds, row.memory]
+            writer.writerow([row.method, row.data, *map(_number, [*numbers, *rest]), row.failure])
+        if path is not None:
+            Path(path).write_text(out.getvalue(), encoding="utf-8")
+        return out.getvalue()
+
+    def to_markdown(self) -> str:
+        """The table, its notes and the reasons of failures."""
+        lines = [self.table.to_markdown(), ""]
+        lines += [f"- {method}{' on ' + data if data else ''}: {why}" for (method, data), why in self.failures.items()]
+        return "\n".join([*lines, *(f"- {note}" for note in self.notes)]).rstrip() + "\n"
+
+    def to_latex(self) -> str:
+        """The table as a LaTeX ``tabular``."""
+        return self.table.to_latex()
+
+    def rank_test(self, column: str = "nll") -> Any:
+        """Friedman's test over the data sets, see :func:`~ntkgp.evaluation.ranks.rank_test`; a failure ranks last.
+
+        :raises ValueError: fewer than two data sets or methods.
+        """
+        worst = -math.inf if column in LARGER_IS_BETTER else math.inf
+        means = [[self.summary(column, method, data)[0] for method in self.methods] for data in self.datasets]
+        scores = torch.tensor(means, dtype=torch.float64).nan_to_num(nan=worst)
+        return rank_test(scores, self.methods, larger_is_better=column in LARGER_IS_BETTER)
+
+    def plot(self, columns: Sequence[str] | None = None) -> Figure:
+        """Panels of scores with standard errors; with one data set the curves of calibration, with several the
+        critical-difference diagram of the NLL.
+
+        :raises ImportError: matplotlib is not installed.
+        """
+        return _figure(self, list(columns or [c for c in SHOWN[self.kind][:4] if self._has(c)]))
+
+    def __str__(self) -> str:
+        reasons = [f"{method}{' on ' + data if data else ''}: {why}" for (method, data), why in self.failures.items()]
+        return "\n".join([str(self.table), *reasons, *self.notes])
+
+    def __repr__(self) -> str:
+        return f"Comparison({len(self.methods)} methods, {len(self.rows)} rows, {len(self.failures)} failures)"
+
+    def _repr_markdown_(self) -> str:
+        return self.to_markdown()
+
+    def _has(self, column: str) -> bool:
+        return any(column in row.scores for row in self.rows)
+
+    def _failure(self, method: str, data: str) -> str:
+        return next((why for (m, d), why in self.failures.items() if m == method and _set(d) == data), "")
+
+    def _best(self, column: str, data: str) -> tuple[float, float] | None:
+        """The best mean of a score and its standard error; None for what is no score of quality."""
+        if column in ("seconds", "memory", "coverage", "width"):
+            return None
+        found = [self.summary(column, method, data)[:2] for method in self.methods]
+        found = [pair for pair in found if math.isfinite(pair[0])]
+        if len(found) < 2:
+            return None
+        best = max(found) if column in LARGER_IS_BETTER else min(found)
+        return best[0], best[1] if math.isfinite(best[1]) else 0.0
+
+
+def _parsed(line: Mapping[str, str]) -> Row:
+    """A row from its line of a CSV file."""
+    rest = {"method", "data", "fit_seconds", "predict_seconds", "memory", "failure"}
+    numbers = {name: float(text) if text else math.nan for name, text in line.items() if name not in rest}
+    scores = {name: value for name, value in numbers.items() if f"{name}_error" in line and not math.isnan(value)}
+    seconds, predicting, memory = (
+        float(line[name] or math.nan) for name in ("fit_seconds", "predict_seconds", "memory")
+    )
+    errors = {name: numbers[f"{name}_error"] for name in scores}
+    return Row(line["method"], line["data"], scores, errors, seconds, predicting, memory, line["failure"])
+
+
+def _set(data: str) -> str:
+    return data.split("/", 1)[0]
+
+
+def _cell(column: str, mean: float, error: float, count: int, best: tuple[float, float] | None) -> str:
+    if not count:
+        return "–"
+    if column in ("seconds", "memory"):
+        return f"{mean:.3g}" if mean < 100 else f"{mean:.0f}"
+    text = f"{mean:.4g}" if abs(mean) < 1e4 else f"{mean:.3e}"
+    if abs(mean) < 1e3:
+        text = f"{mean:.3f}"
+    if math.isfinite(error):
+        text += f" ± {error:.3f}"
+    if best is not None:
+        distance = best[0] - mean if column in LARGER_IS_BETTER else mean - best[0]
+        text += "*" if distance <= 0 else "°" if distance <= best[1] else ""
+    return text
+
+
+def _number(value: float | None) -> str:
+    return "" if value is None or math.isnan(value) else repr(float(value))
+
+
+def _latex(text: str) -> str:
+    for symbol in "&%_#$":
+        text = text.replace(symbol, "\\" + symbol)
+    for symbol, command in (("±", r"$\pm$"), ("°", r"$^\circ$"), ("λ", r"$\lambda$"), ("θ⋆", r"$\theta_\star$")):
+        text = text.replace(symbol, command)
+    return text.replace("θ̃", r"$\tilde\theta$").replace("–", "--")
+
+
+def text_width(text: str) -> int:
+    """Columns that a text takes in a terminal: combining marks take none."""
+    return sum(not "\u0300" <= letter <= "\u036f" for letter in text)
+
+
+def pad(text: str, width: int, left: bool) -> str:
+    """Filled up with spaces behind the text, or before it."""
+    space = " " * (width - text_width(text))
+    return text + space if left else space + text
+
+
+def _figure(found: Comparison, columns: list[str]) -> Figure:
+    curves = _curves(found) if len(found.datasets) == 1 else None
+    ranked = len(found.datasets) > 1 and len(found.methods) > 1
+    panels = len(columns) + (curves is not None) + ranked
+    across = min(panels, 3)
+    down = math.ceil(panels / across)
+    height = max(3.3, 0.3 * len(found.methods) * len(found.datasets) + 1)
+    figure, axes = plots.new_figure(down, across, (4.8 * across, height * down))
+    for ax, column in zip(axes, columns, strict=False):
+        _score_panel(found, column, ax)
+    if curves is not None:
+        curves(axes[len(columns)])
+    if ranked:
+        critical_difference_diagram(found.rank_test(), ax=axes[len(columns)])
+    for ax in axes[panels:]:
+        ax.set_visible(False)
+    return figure
+
+
+def _score_panel(found: Comparison, column: str, ax: Any) -> None:
+    """Mean and standard error of every method, one below the other; colours are data sets."""
+    methods = found.methods
+    for index, data in enumerate(found.datasets):
+        triples = [found.summary(column, method, data) for method in methods]
+        places = [i + 0.8 * (index + 0.5) / len(found.datasets) - 0.4 for i in range(len(methods))]
+        shown = [(x, place, error) for (x, error, _), place in zip(triples, places, strict=True) if math.isfinite(x)]
+        if shown:
+            values, heights, errors = zip(*shown, strict=True)
+            bars = [error if math.isfinite(error) else 0.0 for error in errors]
+            color = plots.COLORS[index % len(plots.COLORS)]
+            ax.errorbar(values, heights, xerr=bars, fmt="o", ms=4, capsize=2, lw=1, color=color, label=data)
+    ax.set_yticks(range(len(methods)), methods)
+    ax.set_ylim(len(methods) - 0.5, -0.5)
+    ax.set_title(_TITLES.get(column, column), loc="left", fontsize=10)
+    if len(found.datasets) > 1:
+        ax.legend(frameon=False, fontsize=7)
+    finite = [found.summary(column, method, data)[0] for method in methods for data in found.datasets]
+    finite = sorted(value for value in finite if math.isfinite(value))
+    if len(finite) > 2:
+        # One absurd method must not hide the differences between the others.
+        middle, spread = finite[len(finite) // 2], finite[len(finite) // 2] - finite[0]
+        if column not in LARGER_IS_BETTER and finite[-1] > middle + 8 * max(spread, 1e-3):
+            ax.set_xlim(finite[0] - 0.5 * max(spread, 1e-3), middle + 8 * max(spread, 1e-3))
+            ax.set_xlabel("cut: some are beyond", fontsize=8)
+
+
+def _curves(found: Comparison) -> Any:
+    """Something that draws the calibration of the methods that kept their predictions, if there are any."""
+    rows = [row for row in found.rows if row.predicted is not None and row.data in found.targets]
+    if not rows:
+        return None
+    target = found.targets[rows[0].data]
+    rows = [row for row in rows if row.data == rows[0].data]
+
+    def draw(ax: Any) -> None:
+        if found.kind == "classification":
+            classes = {row.method: row.predicted.probabilities for row in rows if row.predicted is not None}
+            plots.reliability_diagram({k: v for k, v in classes.items() if v is not None}, target, ax=ax)
+        else:
+            pairs = {row.method: (row.predicted.mean, row.predicted.variance) for row in rows if row.predicted}
+            kept = {k: (m, v) for k, (m, v) in pairs.items() if m is not None and v is not None}
+            plots.coverage_curve(kept, target, ax=ax)
+
+    return draw
