@@ -1,21 +1,27 @@
 """A trained network is a Gaussian process: error bars, evidence and GPyTorch models from any ``torch.nn.Module``."""
 
-from ntkgp import baselines, kernels, likelihoods, means
+from ntkgp import baselines, inverse, kernels, likelihoods, means
+from ntkgp.evaluation.comparison import Comparison, Method, compare
 from ntkgp.evidence import fit_evidence
 from ntkgp.likelihoods import CategoricalLikelihood
 from ntkgp.linearization import LinearizedNetwork, ParameterGroups
-from ntkgp.models import ExactNTKGP, NystromNTKGP, VariationalNTKGP, from_network
+from ntkgp.models import ExactNTKGP, InverseNTKGP, NystromNTKGP, VariationalNTKGP, from_network
 
 __all__ = [
     "CategoricalLikelihood",
+    "Comparison",
     "ExactNTKGP",
+    "InverseNTKGP",
     "LinearizedNetwork",
+    "Method",
     "NystromNTKGP",
     "ParameterGroups",
     "VariationalNTKGP",
     "baselines",
+    "compare",
     "fit_evidence",
     "from_network",
+    "inverse",
     "kernels",
     "likelihoods",
     "means",

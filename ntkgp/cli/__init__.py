@@ -28,11 +28,18 @@ def main(argv: Sequence[str] | None = None) -> int:
 
         run_demo(arguments.out, arguments.seed, arguments.quick)
         return 0
-    from ntkgp.cli.fit import CommandError, FitOptions, run_fit
+    from ntkgp.cli.inputs import CommandError
 
     options = {name: value for name, value in vars(arguments).items() if name != "command"}
     try:
-        run_fit(FitOptions(**options))
+        if arguments.command == "fit":
+            from ntkgp.cli.fit import FitOptions, run_fit
+
+            run_fit(FitOptions(**options))
+        else:
+            from ntkgp.cli.compare import CompareOptions, run_compare
+
+            run_compare(CompareOptions(**options))
     except (CommandError, ValueError, TypeError, MemoryError) as error:
         print(f"ntkgp: error: {error}", file=sys.stderr)
         return 2
@@ -45,7 +52,7 @@ def _parser() -> argparse.ArgumentParser:
         prog="ntkgp", description="Turn a trained PyTorch network into a Gaussian process."
     )
     parser.add_argument("--version", action="version", version=f"ntkgp {_version()}")
-    commands = parser.add_subparsers(dest="command", required=True, metavar="demo | fit")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="demo | fit | compare")
     demo = commands.add_parser("demo", help="train three small networks on data shipped with scikit-learn and show")
     demo.add_argument("--out", type=Path, default=Path("ntkgp-demo"), help="folder for table and figure (%(default)s)")
     demo.add_argument("--seed", type=int, default=0, help="of splits, networks and training (%(default)s)")
@@ -56,22 +63,7 @@ def _parser() -> argparse.ArgumentParser:
         description="Build the Gaussian process of a trained network, fit prior precisions and noise by the model "
         "evidence, and write report.txt, posterior.pt, predictions.npz and figure.png.",
     )
-    fit.add_argument("--network", required=True, help="package.module:factory, a function without arguments")
-    fit.add_argument("--weights", required=True, type=Path, help="file of torch.save(net.state_dict(), file)")
-    fit.add_argument("--data", required=True, type=Path, help=".npz with x, y and optionally x_test, y_test")
-    fit.add_argument("--out", required=True, type=Path, help="folder for the results")
-    fit.add_argument(
-        "--likelihood",
-        choices=("auto", "regression", "classification"),
-        default="auto",
-        help="auto: integer y are labels (%(default)s)",
-    )
-    fit.add_argument(
-        "--groups",
-        choices=("normalization", "layer", "tensor", "single"),
-        default="normalization",
-        help="which weights share a prior precision (%(default)s)",
-    )
+    _add_inputs(fit)
     fit.add_argument(
         "--mean", choices=("network", "posterior"), default="network", help="predictive mean (%(default)s)"
     )
@@ -79,7 +71,37 @@ def _parser() -> argparse.ArgumentParser:
         "--at", choices=("theta_star", "theta_map"), default="theta_star", help="evidence at (%(default)s)"
     )
     fit.add_argument("--method", choices=("mackay", "lbfgs"), default="mackay", help="optimiser (%(default)s)")
+    compare = commands.add_parser(
+        "compare",
+        help="methods side by side on your network and data",
+        description="Fit methods to a trained network and its data, score their predictions of x_test and y_test (and "
+        "how well they tell x_ood from x_test), and write table.md, table.tex, scores.csv and figure.png.",
+    )
+    _add_inputs(compare)
+    compare.add_argument("--methods", nargs="+", metavar="NAME", help="default: all that need nothing more")
+    compare.add_argument("--seed", type=int, default=0, help="of all that is random (%(default)s)")
+    compare.add_argument("--time-limit", type=float, metavar="SECONDS", help="for each method")
     return parser
+
+
+def _add_inputs(parser: argparse.ArgumentParser) -> None:
+    """What every command on a user's network reads, and where it writes."""
+    parser.add_argument("--network", required=True, help="package.module:factory, a function without arguments")
+    parser.add_argument("--weights", required=True, type=Path, help="file of torch.save(net.state_dict(), file)")
+    parser.add_argument("--data", required=True, type=Path, help=".npz with x, y and optionally x_test, y_test, x_ood")
+    parser.add_argument("--out", required=True, type=Path, help="folder for the results")
+    parser.add_argument(
+        "--likelihood",
+        choices=("auto", "regression", "classification"),
+        default="auto",
+        help="auto: integer y are labels (%(default)s)",
+    )
+    parser.add_argument(
+        "--groups",
+        choices=("normalization", "layer", "tensor", "single"),
+        default="normalization",
+        help="which weights share a prior precision (%(default)s)",
+    )
 
 
 def _version() -> str:

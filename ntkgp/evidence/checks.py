@@ -33,7 +33,8 @@ def _repeated_inputs(problem: Problem) -> int:
     gram = problem.stack.weighted_sum(weights)
     diagonal = gram.diagonal()
     scale = diagonal[:, None] + diagonal
-    same = (scale - gram - gram.mT) <= 1e-10 * scale
+    # Rows of zeros, such as rays that miss the image, do not repeat anything.
+    same = ((scale - gram - gram.mT) <= 1e-10 * scale) & (scale > 0)
     points = problem.rows // problem.outputs
     # Two inputs repeat when every output's Jacobian row does.
     pairs = same.reshape(points, problem.outputs, points, problem.outputs).diagonal(dim1=1, dim2=3).all(-1)

@@ -15,6 +15,7 @@ from ntkgp.evidence.ascent import PRUNED_DIMENSION, Optimum
 from ntkgp.evidence.factory import evidence_objective
 from ntkgp.evidence.fixed_point import fixed_point
 from ntkgp.evidence.gradient import lbfgs
+from ntkgp.evidence.hyperprior import HyperPrior, PenalisedObjective
 from ntkgp.evidence.objective import EvidenceObjective, MapObjective
 from ntkgp.evidence.problem import AnyProblem, GaussianEvidence, SoftmaxEvidence
 from ntkgp.evidence.report import EvidenceReport
@@ -40,7 +41,7 @@ class EvidenceModel(Protocol):
 class _Fit:
     """An optimum with the objective that it belongs to."""
 
-    objective: EvidenceObjective
+    objective: Any
     optimum: Optimum
 
 
@@ -55,6 +56,7 @@ def fit_evidence(
     tolerance: float = 1e-8,
     progress: bool = False,
     bounds: tuple[float, float] = (1e-10, 1e10),
+    prior: HyperPrior | None = None,
 ) -> EvidenceReport:
     r"""Fit all group precisions and the noise of a model by maximising its evidence, and store them in the model.
 
@@ -81,6 +83,9 @@ def fit_evidence(
     :param progress: show a progress bar. An interrupt keeps the best point so far.
     :param bounds: smallest and largest prior variance of a group relative to the mean square of the targets (of one,
         for logits): bounds on log lambda that do not depend on units or on the scale of the weights.
+    :param prior: a hyper-prior, an object with ``log_density(log_precision)``: (G,) -> a scalar, differentiable. Its
+        log-density is added to the evidence that is maximised; `report.log_evidence` stays that of the data alone,
+        `report.log_prior` is the other term, `report.trace` their sum.
     :returns: the report.
     :raises ValueError: for unknown or inconsistent arguments.
 
@@ -106,7 +111,9 @@ def fit_evidence(
     problem = model.evidence_problem(at=at, curvature=curvature, targets=targets)
     if isinstance(problem, GaussianEvidence) and curvature != "simple":
         raise ValueError(f"curvature={curvature!r} applies to classification; a Gaussian likelihood has one curvature")
-    fit = _maximise(problem, method, at, max_evaluations, tolerance, progress, bounds)
+    if prior is not None and not isinstance(prior, HyperPrior):
+        raise TypeError(f"prior: expected an object with log_density(log_precision), got {type(prior).__name__}")
+    fit = _maximise(problem, method, at, max_evaluations, tolerance, progress, bounds, prior)
     precision, noise = fit.objective.split(fit.optimum.x)
     stored = model.set_hyperparameters(precision, noise if noise.numel() else None)
     fit, extra = _as_stored(fit, stored)
@@ -173,10 +180,15 @@ def _maximise(
     tolerance: float,
     progress: bool,
     bounds: tuple[float, float],
+    prior: HyperPrior | None = None,
 ) -> _Fit:
     """Run the optimiser, with the outer loop of the curvature where it is not frozen."""
     optimise = _METHODS[method]
-    objective = evidence_objective(problem, at, bounds)
+    objective: Any = evidence_objective(problem, at, bounds)
+    if prior is not None:
+        objective = PenalisedObjective(objective, prior)
+        if math.isinf(objective.log_prior(objective.start())[0]):
+            raise ValueError("prior: has no density at the start of the search, where all groups share the variance")
     if objective.refreezes:
         return _maximise_full(objective, optimise, max_evaluations, tolerance, progress)
     return _Fit(objective, optimise(objective, tolerance=tolerance, max_evaluations=max_evaluations, progress=progress))
@@ -232,26 +244,29 @@ def _as_stored(fit: _Fit, stored: tuple[Tensor, Tensor | None]) -> tuple[_Fit, t
             f"variances, got {stored[0].numel()} and {noise.numel()}"
         )
     if float((x - optimum.x).abs().max()) <= _STORED_TOLERANCE:
-        return _Fit(objective, replace(optimum, x=x)), ()
+        return replace(fit, optimum=replace(optimum, x=x)), ()
     evaluation = objective(x)
     text = (
         "the model's constraints changed the fitted values: evidence "
         f"{optimum.evaluation.value:.4f} at the optimum, {evaluation.value:.4f} as stored"
     )
-    return _Fit(objective, replace(optimum, x=x, evaluation=evaluation)), (text,)
+    return replace(fit, optimum=replace(optimum, x=x, evaluation=evaluation)), (text,)
 
 
 def _report(fit: _Fit, method: str, at: str, seconds: float, extra: tuple[str, ...]) -> EvidenceReport:
     """Collect the report at the optimum."""
     objective, optimum = fit.objective, fit.optimum
     problem, evaluation, x = objective.problem, optimum.evaluation, optimum.x
+    log_prior = None
+    if isinstance(objective, PenalisedObjective):
+        log_prior, objective = objective.log_prior(x)[0], objective.evidence
     star = objective.star if isinstance(objective, MapObjective) else objective
     squared_norms = star(x).squared_norms if isinstance(objective, MapObjective) else evaluation.squared_norms
     pruned = evaluation.effective_dimension < PRUNED_DIMENSION
     shift = star.squared_shift(x) if star.knows_shift else None
     precision, noise = objective.split(x)
     return EvidenceReport(
-        log_evidence=evaluation.value,
+        log_evidence=evaluation.value - (log_prior or 0.0),
         trace=list(optimum.trace),
         precision=precision,
         noise=noise,
@@ -272,6 +287,7 @@ def _report(fit: _Fit, method: str, at: str, seconds: float, extra: tuple[str, .
         at=at,
         warnings=(*optimum.notes, *extra, *_warnings(objective, optimum, pruned, shift)),
         evidence_bounds=objective.evidence_bounds(x),
+        log_prior=log_prior,
     )
 
 

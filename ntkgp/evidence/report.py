@@ -44,6 +44,7 @@ class EvidenceReport:
     :param warnings: plain words on everything that deserves attention.
     :param evidence_bounds: lower and upper bound of the exact log evidence at the reported precisions and noise, where
         `log_evidence` is itself an approximation of it; None where it is exact.
+    :param log_prior: log-density of the hyper-prior at the reported precisions; None where none was given.
     """
 
     log_evidence: float
@@ -67,6 +68,7 @@ class EvidenceReport:
     at: str
     warnings: tuple[str, ...]
     evidence_bounds: tuple[float, float] | None = None
+    log_prior: float | None = None
 
     def __str__(self) -> str:
         """Return a table for people."""
@@ -78,6 +80,8 @@ class EvidenceReport:
         if self.evidence_bounds is not None:
             low, high = self.evidence_bounds
             lines.append(f"exact log evidence between {low:.4f} and {high:.4f} nats")
+        if self.log_prior is not None:
+            lines.append(f"log density of the prior {self.log_prior:.4f}, which the fit adds to the evidence")
         if self.noise.numel():
             lines.append(f"noise variance           {_numbers(self.noise)}")
         if self.residual_noise is not None:

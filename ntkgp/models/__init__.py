@@ -2,8 +2,9 @@
 
 from ntkgp.models.automatic import from_network
 from ntkgp.models.exact import ExactNTKGP
+from ntkgp.models.inverse import InverseNTKGP
 from ntkgp.models.nystrom import NystromNTKGP
 from ntkgp.models.paths import FunctionSamples
 from ntkgp.models.variational import VariationalNTKGP
 
-__all__ = ["ExactNTKGP", "FunctionSamples", "NystromNTKGP", "VariationalNTKGP", "from_network"]
+__all__ = ["ExactNTKGP", "FunctionSamples", "InverseNTKGP", "NystromNTKGP", "VariationalNTKGP", "from_network"]

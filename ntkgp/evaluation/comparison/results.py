@@ -286,6 +286,29 @@ class Comparison:
         """
         return _figure(self, list(columns or [c for c in SHOWN[self.kind][:4] if self._has(c)]))
 
+    def plot_calibration(
+        self, data: str | None = None, *, colors: Mapping[str, str] | None = None, ax: Any = None
+    ) -> Any:
+        """Reliability (classification) or coverage of intervals (regression) of the methods, on one data set.
+
+        :param data: its name, with that of its split; default: the first.
+        :param colors: of methods by label.
+        :param ax: where to draw; default: a new figure.
+        :return: the axes.
+        :raises ValueError: no predictions of this data set are kept.
+        """
+        rows = [row for row in self.rows if row.predicted is not None and row.data in self.targets]
+        name = rows[0].data if data is None and rows else data
+        kept = {row.method: row.predicted for row in rows if row.data == name and row.predicted is not None}
+        if not kept:
+            raise ValueError(f"data: no predictions of {name!r} are kept")
+        target = self.targets[str(name)]
+        if self.kind == "classification":
+            classes = {method: p.probabilities for method, p in kept.items() if p.probabilities is not None}
+            return plots.reliability_diagram(classes, target, colors=colors, ax=ax)
+        pairs = {k: (p.mean, p.variance) for k, p in kept.items() if p.mean is not None and p.variance is not None}
+        return plots.coverage_curve(pairs, target, colors=colors, ax=ax)
+
     def __str__(self) -> str:
         reasons = [f"{method}{' on ' + data if data else ''}: {why}" for (method, data), why in self.failures.items()]
         return "\n".join([str(self.table), *reasons, *self.notes])
@@ -370,17 +393,17 @@ def pad(text: str, width: int, left: bool) -> str:
 
 
 def _figure(found: Comparison, columns: list[str]) -> Figure:
-    curves = _curves(found) if len(found.datasets) == 1 else None
+    curves = len(found.datasets) == 1 and any(r.predicted is not None and r.data in found.targets for r in found.rows)
     ranked = len(found.datasets) > 1 and len(found.methods) > 1
-    panels = len(columns) + (curves is not None) + ranked
+    panels = len(columns) + curves + ranked
     across = min(panels, 3)
     down = math.ceil(panels / across)
     height = max(3.3, 0.3 * len(found.methods) * len(found.datasets) + 1)
     figure, axes = plots.new_figure(down, across, (4.8 * across, height * down))
     for ax, column in zip(axes, columns, strict=False):
         _score_panel(found, column, ax)
-    if curves is not None:
-        curves(axes[len(columns)])
+    if curves:
+        found.plot_calibration(ax=axes[len(columns)])
     if ranked:
         critical_difference_diagram(found.rank_test(), ax=axes[len(columns)])
     for ax in axes[panels:]:
@@ -413,23 +436,3 @@ def _score_panel(found: Comparison, column: str, ax: Any) -> None:
         if column not in LARGER_IS_BETTER and finite[-1] > middle + 8 * max(spread, 1e-3):
             ax.set_xlim(finite[0] - 0.5 * max(spread, 1e-3), middle + 8 * max(spread, 1e-3))
             ax.set_xlabel("cut: some are beyond", fontsize=8)
-
-
-def _curves(found: Comparison) -> Any:
-    """Something that draws the calibration of the methods that kept their predictions, if there are any."""
-    rows = [row for row in found.rows if row.predicted is not None and row.data in found.targets]
-    if not rows:
-        return None
-    target = found.targets[rows[0].data]
-    rows = [row for row in rows if row.data == rows[0].data]
-
-    def draw(ax: Any) -> None:
-        if found.kind == "classification":
-            classes = {row.method: row.predicted.probabilities for row in rows if row.predicted is not None}
-            plots.reliability_diagram({k: v for k, v in classes.items() if v is not None}, target, ax=ax)
-        else:
-            pairs = {row.method: (row.predicted.mean, row.predicted.variance) for row in rows if row.predicted}
-            kept = {k: (m, v) for k, (m, v) in pairs.items() if m is not None and v is not None}
-            plots.coverage_curve(kept, target, ax=ax)
-
-    return draw
