@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import copy
+import logging
 import math
 from collections import deque
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -15,9 +16,16 @@ from torch.nn.modules.dropout import _DropoutNd
 from torch.nn.utils import parameters_to_vector, vector_to_parameters
 from tqdm import tqdm
 
-from ntkgp.baselines.references import OutputSamples, StatefulBaseline, minibatches, positive, training_loss
+from ntkgp.baselines.references import OutputSamples, minibatches, positive, training_loss
 from ntkgp.linearization.frozen import private_copy
 from ntkgp.models.batches import Batches
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
+
+logger = logging.getLogger("ntkgp")
+
+_DIVERGED = 10.0  # of an epoch's mean training loss, relative to the first one's
 
 Train = Callable[[nn.Module, Any], nn.Module | None]
 
@@ -97,7 +105,7 @@ class DeepEnsemble(OutputSamples):
         self.members: list[nn.Module] = []
         self._data: Any = None
 
-    def fit(self, train_data: Any) -> DeepEnsemble:
+    def fit(self, train_data: Any) -> Self:
         """Train the members on the data as they are given here; return itself."""
         self._data = train_data
         try:
@@ -140,15 +148,14 @@ class DeepEnsemble(OutputSamples):
         with self._environment():
             return torch.stack([self._outputs(member, x) for member in self.members])
 
-    def state_dict(self) -> dict[str, Tensor]:
-        """Noise, temperature and all tensors of all members."""
-        state = super().state_dict()
+    def _get_state(self) -> dict[str, Tensor]:
+        state = super()._get_state()
         for index, member in enumerate(self.members):
-            state |= {f"members.{index}.{name}": value.clone() for name, value in member.state_dict().items()}
+            state |= {f"members.{index}.{name}": value for name, value in member.state_dict().items()}
         return state
 
-    def load_state_dict(self, state: Mapping[str, Tensor], example: Any = None) -> DeepEnsemble:
-        """As the base class does; members of other architectures than ``net`` come from ``factory``."""
+    def _set_state(self, state: dict[str, Tensor]) -> None:
+        # Members of other architectures than `net` come from `factory`.
         own = {name: value for name, value in state.items() if not name.startswith("members.")}
         parts: dict[int, dict[str, Tensor]] = {}
         for name in state.keys() - own.keys():
@@ -156,13 +163,12 @@ class DeepEnsemble(OutputSamples):
             parts.setdefault(int(number), {})[entry] = state[name]
         if not parts:
             raise ValueError("state: missing the tensors of members")
-        super().load_state_dict(own, example)
+        super()._set_state(own)
         self.members = []
         for index in sorted(parts):
             member = private_copy(self.net if self._factory is None else self._factory())
             member.load_state_dict(parts[index])
             self.members.append(member.to(self.lin.frozen.device))
-        return self
 
 
 class MCDropout(OutputSamples):
@@ -299,10 +305,9 @@ class SWAG(OutputSamples):
         self.batch_size = positive("batch_size", batch_size)
         self._module: nn.Module | None = None
 
-    def load_state_dict(self, state: Mapping[str, Tensor], example: Any = None) -> StatefulBaseline:
-        """As the base class does."""
+    def _set_state(self, state: dict[str, Tensor]) -> None:
+        super()._set_state(state)
         self._module = None
-        return super().load_state_dict(state, example)
 
     def _prepare(self, batches: Batches) -> None:
         module = private_copy(self.net)
@@ -327,7 +332,9 @@ class SWAG(OutputSamples):
         mean = torch.zeros(self.lin.num_parameters, dtype=torch.float64, device=self.lin.frozen.device)
         squares, last = torch.zeros_like(mean), deque[Tensor](maxlen=max(1, self.rank))
         module.train()
+        losses: list[float] = []
         for count in tqdm(range(1, self.num_snapshots + 1), "epochs", disable=not self.progress):
+            total, rows = 0.0, 0
             for x, y in minibatches(batches, self.batch_size, generator):
                 if len(x) == 1 and _tracking(module):
                     continue  # one row has no batch statistics
@@ -339,11 +346,19 @@ class SWAG(OutputSamples):
                     raise FloatingPointError(f"SWAG: the loss became {float(loss.detach())}; lower learning_rate")
                 loss.backward()
                 optimizer.step()
+                total, rows = total + float(loss.detach()) * len(x), rows + len(x)
+            losses.append(total / max(rows, 1))
             theta = parameters_to_vector(parameters).detach().to(torch.float64)
             step = theta - mean
             mean = mean + step / count
             squares = squares + step * (theta - mean)
             last.append(theta - mean)
+        if losses[-1] > _DIVERGED * losses[0]:
+            logger.warning(
+                "SWAG: the training loss of an epoch rose from %.3g to %.3g: SGD leaves the trained weights; lower "
+                "learning_rate",
+                losses[0], losses[-1],
+            )  # fmt: skip
         self.mean, self.variance = mean, (squares / self.num_snapshots).clamp_min(1e-30)
         self.deviations = torch.stack(list(last)) if self.rank else mean.new_zeros(0, len(mean))
 

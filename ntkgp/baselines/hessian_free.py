@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import logging
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
@@ -14,7 +14,7 @@ from torch.distributions import Distribution
 from tqdm.auto import tqdm
 
 from ntkgp.baselines.newton_cg import Minima, minimise
-from ntkgp.baselines.protocol import Baseline, labelled, normal, observed
+from ntkgp.baselines.protocol import Baseline, check_entries, labelled, normal, observed
 from ntkgp.baselines.regularised import RegularisedLoss, WeightedOutputs
 from ntkgp.linearization import ParameterGroups
 from ntkgp.linearization.frozen import FrozenNetwork, pass_environment
@@ -25,6 +25,7 @@ logger = logging.getLogger("ntkgp")
 MODELS = ("network", "tangent")
 FORMS = ("central", "signed", "absolute")
 _INVARIANT = 1e-3
+_LOST = 0.3  # of the gradient of a refit's perturbation: what is left where it made no progress
 _STEPS = 5  # Newton steps with one preconditioner
 
 
@@ -81,6 +82,8 @@ class HessianFreeLaplace(Baseline):
     :param max_iterations: Newton steps of a refit.
     :raises ValueError: an option out of its range; at :meth:`fit`, a network whose loss has no minimum because its
         function does not change with the scale of some weights, which the prior shrinks for ever.
+    :raises RuntimeError: at :meth:`predict`, refits that end with most of the gradient of their perturbation, as at the
+        kinks of ReLU.
 
     ``predict(x)`` refits 2C times for each input (C for one-sided forms). Its mean is the model's at the control's
     weights θ̂; ``drift`` says how far these are from the given ones.
@@ -132,14 +135,15 @@ class HessianFreeLaplace(Baseline):
         self.given_noise = None if noise is None else _positive(noise, "noise")
         self.drift: Drift | None = None
         self.unconverged = 0
-        self._state: dict[str, Tensor] = {}
+        # Training data, noise, precision of each weight, and the control's weights.
+        self._given: dict[str, Tensor] = {}
         self._loss: RegularisedLoss | None = None
 
     def _fit(self, batches: Batches) -> None:
         x, y = batches.collect()
         noise = torch.zeros(0, dtype=torch.float64) if self.is_classification else self._noise_of(x, y)
         weights = self._precision_of_weights()
-        self._state = {"x": x, "y": y, "noise": noise, "precision": weights, "theta": torch.zeros(0)}
+        self._given = {"x": x, "y": y, "noise": noise, "precision": weights, "theta": torch.zeros(0)}
         loss = self._make_loss()
         if self.model == "network":
             self._refuse_invariant(x)
@@ -155,7 +159,7 @@ class HessianFreeLaplace(Baseline):
         relative = (theta - loss.theta).norm() / loss.theta.norm()
         after, converged = float(found.gradient_norms), bool(found.converged)
         self.drift = Drift(float(relative), float(change), before, after, converged)
-        self._state["theta"] = theta
+        self._given["theta"] = theta
         logger.info("HessianFreeLaplace: the control moved the weights; %s", self.drift)
 
     def _predict(self, x: Tensor) -> Distribution:
@@ -166,7 +170,7 @@ class HessianFreeLaplace(Baseline):
             )
         mean, covariance = self._moments(x)
         if not self.is_classification:
-            return observed(mean, covariance, self._state["noise"])
+            return observed(mean, covariance, self._given["noise"])
         spread = (1 + math.pi / 8 * covariance.diagonal(dim1=-2, dim2=-1)).sqrt()
         if mean.shape[-1] == 1:
             return labelled((mean / spread)[:, 0].sigmoid(), normal(mean, covariance))
@@ -192,26 +196,16 @@ class HessianFreeLaplace(Baseline):
         with torch.no_grad():
             return self._differences(loss, packed.unsqueeze(0), mean)[0]
 
-    def state_dict(self) -> dict[str, Tensor]:
-        """Tensors that :meth:`predict` needs: training data, noise, precision and the control's weights."""
+    def _get_state(self) -> dict[str, Tensor]:
         self._fitted()
-        return {name: tensor.clone() for name, tensor in self._state.items()}
+        return self._given
 
-    def load_state_dict(self, state: Mapping[str, Tensor], example: Any = None) -> HessianFreeLaplace:
-        """Take the state of another one of the same network and options; return itself.
-
-        :param example: inputs as the network takes them; needed where this object was never fitted.
-        """
-        missing = {"x", "y", "noise", "precision", "theta"} ^ set(state)
-        if missing:
-            raise ValueError(f"state: missing or unknown entries {sorted(missing)}")
-        if self._lin is None:
-            self._linearize(example)
+    def _set_state(self, state: dict[str, Tensor]) -> None:
+        check_entries(state, ("x", "y", "noise", "precision", "theta"))
         if state["theta"].shape != (self.lin.num_parameters,):
             raise ValueError(f"state: theta has shape {tuple(state['theta'].shape)}, not ({self.lin.num_parameters},)")
-        self._state = {name: tensor.clone() for name, tensor in state.items()}
+        self._given = state
         self._make_loss()
-        return self
 
     def _fitted(self) -> RegularisedLoss:
         if self._loss is None:
@@ -221,7 +215,7 @@ class HessianFreeLaplace(Baseline):
     def _make_loss(self) -> RegularisedLoss:
         copied = copy.deepcopy(self.lin.frozen.module(self.lin.frozen.device)).double()
         frozen = FrozenNetwork(copied, self.lin.packing.tree, self._output, self.lin.packing.dtypes)
-        state = self._state
+        state = self._given
         with pass_environment(frozen.device):
             leaves = self.lin.packing.leaves(state["x"][:2].to(frozen.device))
             frozen.probe([leaf.to(torch.float64) if leaf.is_floating_point() else leaf for leaf in leaves])
@@ -311,7 +305,7 @@ class HessianFreeLaplace(Baseline):
         """−∂f(x)/∂μ for regularisers wᵀf: sets of inputs (K, R, D), weights (C, C) -> (K, R, C, C), columns by w."""
         signs = (1, -1) if self.form == "central" else (1,)
         base = loss.perturbed(self._forms(loss, points, weights))
-        theta = self._state["theta"]
+        theta = self._given["theta"]
         k, c = len(points), self.lin.num_outputs
         start = theta.expand(k * c, -1)
         reference = base.outputs_in_forms(start)
@@ -325,7 +319,15 @@ class HessianFreeLaplace(Baseline):
             forms = self._forms(loss, points, weights)
             scaled = forms.weights * (sign * self.step) * direction
             run = loss.perturbed(WeightedOutputs(forms.leaves, scaled))
-            moved.append(run.outputs_in_forms(self._minimise(run, start, goal, f"refits {sign:+d}").theta))
+            found = self._minimise(run, start, goal, f"refits {sign:+d}")
+            lost = ~found.converged & (found.gradient_norms * self.tolerance > _LOST * goal)
+            if bool(lost.any()):
+                raise RuntimeError(
+                    f"HessianFreeLaplace: {int(lost.sum())} of {len(lost)} refits did not follow their perturbation, as "
+                    "at the kinks of ReLU-like activations, where the loss has no Hessian; use "
+                    "baselines.variational_laplace.smooth(net) or model='tangent'"
+                )
+            moved.append(run.outputs_in_forms(found.theta))
         change = (moved[1] - moved[0]) / 2 if len(moved) == 2 else reference - moved[0]
         change = change / self.step
         if self.form == "absolute":
@@ -355,7 +357,7 @@ class HessianFreeLaplace(Baseline):
                 negative, len(x),
             )  # fmt: skip
         positive = vectors * values.maximum(floor).unsqueeze(-2) @ vectors.mT
-        return self._fitted().outputs(self._state["theta"], x), positive
+        return self._fitted().outputs(self._given["theta"], x), positive
 
 
 def _positive(value: float | Tensor, name: str) -> Tensor:

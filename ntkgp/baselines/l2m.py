@@ -125,7 +125,8 @@ class L2M(Baseline):
         self.loss = ("nll" if self.is_classification else "mse") if loss == "auto" else loss
         self.given_precision = None if precision is None else torch.as_tensor(precision, dtype=torch.float64)
         self.given_noise, self.prediction, self.num_samples = noise, prediction, num_samples
-        self._state: dict[str, Tensor] = {}
+        # The weights' precisions, the data's part of them, and the noise.
+        self._found: dict[str, Tensor] = {}
 
     @property
     def weight_precision(self) -> Tensor:
@@ -138,9 +139,9 @@ class L2M(Baseline):
         return self._fitted()["data"] / self.weight_precision
 
     def _fitted(self) -> dict[str, Tensor]:
-        if not self._state:
+        if not self._found:
             raise RuntimeError("L2M: call fit(train_data) first")
-        return self._state
+        return self._found
 
     def _fit(self, batches: Batches) -> None:
         if self.optimizer is None:
@@ -153,7 +154,7 @@ class L2M(Baseline):
             scale = self._scale(noise)
             data = scale**2 * self._sum_of_squares(moments, batches, num_data)
             prior = self._prior_precision(moments, scale * num_data)
-        self._state = {"precision": data + prior, "data": data, "noise": noise}
+        self._found = {"precision": data + prior, "data": data, "noise": noise}
         share = self.data_share
         logger.log(
             logging.WARNING if float(share.median()) < 0.01 else logging.INFO,
@@ -302,25 +303,16 @@ class L2M(Baseline):
                 parts.append(torch.cat(rows).to("cpu", torch.float64))
         return torch.stack(parts)
 
-    def state_dict(self) -> dict[str, Tensor]:
-        """The weights' precisions, the data's part of them, and the noise."""
-        return {name: tensor.clone() for name, tensor in self._fitted().items()}
+    def _get_state(self) -> dict[str, Tensor]:
+        return self._fitted()
 
-    def load_state_dict(self, state: Mapping[str, Tensor], example: Any = None) -> L2M:
-        """Take the state of another one of the same network; return itself.
-
-        :param example: inputs as the network takes them; needed where ``fit`` was never called.
-        :raises ValueError: other names or shapes, or no example.
-        """
-        if self._lin is None:
-            self._linearize(example)
+    def _set_state(self, state: dict[str, Tensor]) -> None:
         p = self.lin.num_parameters
         shapes = {"precision": (p,), "data": (p,), "noise": ()}
         came = {name: tuple(tensor.shape) for name, tensor in state.items()}
         if came != shapes:
             raise ValueError(f"state: expected {shapes}, got {came}")
-        self._state = {name: tensor.clone() for name, tensor in state.items()}
-        return self
+        self._found = state
 
 
 class L2MEnsemble:

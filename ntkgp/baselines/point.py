@@ -10,10 +10,9 @@ import torch
 from torch import Tensor, nn
 from torch.distributions import Distribution
 
-from ntkgp.baselines.protocol import labelled, observed
+from ntkgp.baselines.protocol import Baseline, labelled, observed
 from ntkgp.baselines.references import (
     OutputSamples,
-    StatefulBaseline,
     check_link,
     gaussian_logits,
     label_log_probabilities,
@@ -55,7 +54,7 @@ class Point(OutputSamples):
         return self.lin(x).to(torch.float64).unsqueeze(0)
 
 
-class PriorOnly(StatefulBaseline):
+class PriorOnly(Baseline):
     r"""Laplace with H = 0: mean :math:`f(x)` and covariance :math:`J(x) \Lambda^{-1} J(x)^\top` of the prior.
 
     The ablation that shows what the fitted curvature adds. Precisions and noise are those of the linearised model's

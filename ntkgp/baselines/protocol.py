@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Iterable, Mapping
+from typing import TYPE_CHECKING, Any
 
 import torch
 from gpytorch.likelihoods import GaussianLikelihood, Likelihood, MultitaskGaussianLikelihood
@@ -15,6 +15,9 @@ from ntkgp.likelihoods import BernoulliLikelihood, CategoricalLikelihood
 from ntkgp.linearization import LinearizedNetwork, ParameterGroups
 from ntkgp.linearization.memory import parse_memory
 from ntkgp.models.batches import Batches, collect_raw
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
 
 KINDS = ("regression", "classification")
 
@@ -31,7 +34,11 @@ class Baseline(ABC):
     :param seed: of all that is random; the global random state is left alone.
     :param progress: show a progress bar.
     :raises ValueError: an unknown likelihood.
+
+    The fitted state is the attributes named in ``_state``, tensors, unless a method keeps more.
     """
+
+    _state: tuple[str, ...] = ()
 
     def __init__(
         self,
@@ -63,7 +70,7 @@ class Baseline(ABC):
         """Whether targets are labels."""
         return self.kind == "classification"
 
-    def fit(self, train_data: Any) -> Baseline:
+    def fit(self, train_data: Any) -> Self:
         """Fit to ``(x, y)``, a Dataset or a DataLoader; return itself."""
         # Always anew: the network may have been trained on since the last fit.
         self._linearize(collect_raw(train_data, limit=0).example)
@@ -86,6 +93,33 @@ class Baseline(ABC):
         with torch.no_grad():
             return self._predict(packed)
 
+    def state_dict(self) -> dict[str, Tensor]:
+        """What the fit found, tensors only; with the network and the constructor's arguments it is the whole method.
+
+        :raises RuntimeError: not fitted.
+        """
+        _ = self.lin
+        return {name: tensor.detach().clone() for name, tensor in self._get_state().items()}
+
+    def load_state_dict(self, state: Mapping[str, Tensor], example: Any = None) -> Self:
+        """Take the state of a comparator of the same network and options; return itself.
+
+        :param example: inputs as the network takes them; needed where ``fit`` was never called.
+        :raises ValueError: other names or shapes than :meth:`state_dict` gives, or no example.
+        """
+        if self._lin is None:
+            self._linearize(state.get("example") if example is None else example)
+        self._set_state({name: tensor.detach().clone() for name, tensor in state.items()})
+        return self
+
+    def _get_state(self) -> dict[str, Tensor]:
+        return {name: getattr(self, name) for name in self._state}
+
+    def _set_state(self, state: dict[str, Tensor]) -> None:
+        check_entries(state, self._state)
+        for name in self._state:
+            setattr(self, name, state[name])
+
     @abstractmethod
     def _fit(self, batches: Batches) -> None:
         """Fit to checked data."""
@@ -102,6 +136,13 @@ class Baseline(ABC):
         """A Gaussian likelihood with one noise per output, as GP models of the same data have it."""
         c = self.lin.num_outputs
         return GaussianLikelihood() if c == 1 else MultitaskGaussianLikelihood(num_tasks=c, has_global_noise=False)
+
+
+def check_entries(state: Mapping[str, Tensor], expected: Iterable[str]) -> None:
+    """An error where a state has other entries than those expected."""
+    unknown, missing = set(state) - set(expected), set(expected) - set(state)
+    if unknown or missing:
+        raise ValueError(f"state: unexpected {sorted(unknown)}, missing {sorted(missing)}")
 
 
 def likelihood_of(kind: str, num_outputs: int) -> Likelihood:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from abc import abstractmethod
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -23,48 +23,7 @@ from ntkgp.models.batches import Batches
 _SMALLEST = 1e-30  # of a noise variance: exact fits keep a distribution
 
 
-class StatefulBaseline(Baseline):
-    """A comparator whose fitted state is some tensors, the attributes named in ``_state``."""
-
-    _state: tuple[str, ...] = ()
-
-    def state_dict(self) -> dict[str, Tensor]:
-        """What the fit found, as tensors; the network itself is not in it.
-
-        :raises RuntimeError: not fitted.
-        """
-        _ = self.lin
-        return {name: getattr(self, name).clone() for name in self._state}
-
-    def load_state_dict(self, state: Mapping[str, Tensor], example: Any = None) -> StatefulBaseline:
-        """Take the state of a comparator of the same network and options; return itself.
-
-        :param example: inputs as the network takes them; needed where ``fit`` was never called.
-        :raises ValueError: other names than :meth:`state_dict` gives, or no example.
-        """
-        if self._lin is None:
-            self._linearize(example)
-        unknown, missing = set(state) - set(self._state), set(self._state) - set(state)
-        if unknown or missing:
-            raise ValueError(f"state: unexpected {sorted(unknown)}, missing {sorted(missing)}")
-        for name in self._state:
-            setattr(self, name, state[name].clone())
-        return self
-
-    def _outputs(self, module: nn.Module, x: Tensor) -> Tensor:
-        """f(x) of a module of the network's kind in the mode it is in, float64 (N, C)."""
-        frozen, device = self.lin.frozen, self.lin.frozen.device
-        rows = max(1, self.max_memory // self.lin.activation_bytes)
-        with torch.no_grad():
-            parts = [frozen.run(module, self.lin.packing.leaves(part.to(device))) for part in x.split(rows)]
-        return torch.cat([part.reshape(len(part), -1) for part in parts]).to(x.device, torch.float64)
-
-    def _environment(self) -> Any:
-        """Where passes run: the global random state is put back afterwards."""
-        return pass_environment(self.lin.frozen.device)
-
-
-class OutputSamples(StatefulBaseline):
+class OutputSamples(Baseline):
     r"""A comparator that is S networks: their outputs :math:`f_s(x)` are mixed with equal weights.
 
     Regression predicts the Gaussian with the mixture's mean and covariance, :math:`\bar f`,
@@ -84,6 +43,18 @@ class OutputSamples(StatefulBaseline):
     ) -> None:
         super().__init__(net, likelihood, **common)
         self.validation = validation
+
+    def _outputs(self, module: nn.Module, x: Tensor) -> Tensor:
+        """f(x) of a module of the network's kind in the mode it is in, float64 (N, C)."""
+        frozen, device = self.lin.frozen, self.lin.frozen.device
+        rows = max(1, self.max_memory // self.lin.activation_bytes)
+        with torch.no_grad():
+            parts = [frozen.run(module, self.lin.packing.leaves(part.to(device))) for part in x.split(rows)]
+        return torch.cat([part.reshape(len(part), -1) for part in parts]).to(x.device, torch.float64)
+
+    def _environment(self) -> Any:
+        """Where passes run: the global random state is put back afterwards."""
+        return pass_environment(self.lin.frozen.device)
 
     @abstractmethod
     def _prepare(self, batches: Batches) -> None:

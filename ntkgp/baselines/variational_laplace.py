@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -14,9 +13,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from tqdm import tqdm
 
 from ntkgp.baselines.point import given_numbers
-from ntkgp.baselines.protocol import labelled, normal, observed
+from ntkgp.baselines.protocol import Baseline, labelled, normal, observed
 from ntkgp.baselines.references import (
-    StatefulBaseline,
     check_link,
     gaussian_logits,
     label_log_probabilities,
@@ -25,7 +23,7 @@ from ntkgp.baselines.references import (
     probabilities_through,
 )
 from ntkgp.linearization import LinearizedNetwork
-from ntkgp.linearization.frozen import Weights, private_copy
+from ntkgp.linearization.frozen import Weights, pass_environment, private_copy
 from ntkgp.models.batches import Batches
 
 _KINKED = (
@@ -77,7 +75,7 @@ def smooth(net: nn.Module, sharpness: float = 1.0) -> nn.Module:
     return nn.Softplus(beta=float(sharpness)) if isinstance(copied, _SMOOTHED) else copied
 
 
-class VariationalLaplace(StatefulBaseline):
+class VariationalLaplace(Baseline):
     r"""Variational Laplace: :math:`q(\theta) = N(\mu, \mathrm{diag}\,\sigma^2)` from the trained weights on.
 
     With minibatches of S out of N points it maximises, per point,
@@ -187,7 +185,7 @@ class VariationalLaplace(StatefulBaseline):
         if self.is_classification:
             check_link(self.link, self.lin.num_outputs)
         x, _ = next(iter(batches))
-        with self._environment():
+        with pass_environment(self.lin.frozen.device):
             self._check(x[:2])
             self._start(batches)
             self._optimise(batches)
@@ -384,10 +382,9 @@ class VariationalLaplace(StatefulBaseline):
         """Rows whose Jacobians are held at a time."""
         return max(1, self.max_memory // (32 * self.lin.num_outputs * self.lin.num_parameters))
 
-    def load_state_dict(self, state: Mapping[str, Tensor], example: Any = None) -> StatefulBaseline:
-        """As the base class does."""
+    def _set_state(self, state: dict[str, Tensor]) -> None:
+        super()._set_state(state)
         self._at_mean = None
-        return super().load_state_dict(state, example)
 
     def latent_covariance(self, x: Tensor) -> Tensor:
         """J(x) diag(σ²) J(x)ᵀ at μ, per input: (N, C, C)."""

@@ -2,6 +2,7 @@
 
 from ntkgp.inverse.adapters import from_astra, from_callables, from_deepinv, from_matrix, to_cuqi
 from ntkgp.inverse.design import Design, expected_information_gain, greedy_design
+from ntkgp.inverse.diagnosis import diagnose
 from ntkgp.inverse.dip import DeepImagePrior
 from ntkgp.inverse.fbp import FilteredBackprojection
 from ntkgp.inverse.geometry import FanBeam, ParallelBeam, Rays
@@ -38,6 +39,7 @@ __all__ = [
     "TVPredCP",
     "UNet",
     "collapse_warnings",
+    "diagnose",
     "estimate_noise",
     "expected_information_gain",
     "expected_total_variation",

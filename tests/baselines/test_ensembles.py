@@ -311,3 +311,13 @@ def test_refusals_of_swag() -> None:
         SWAG(net, learning_rate=0.0)
     with pytest.raises(FloatingPointError, match="lower learning_rate"):
         SWAG(net, learning_rate=1e6).fit((x, x[:, :1]))
+
+
+def test_swag_says_when_sgd_left_the_trained_weights(caplog) -> None:
+    x = torch.linspace(-1, 1, 20, dtype=torch.float64).unsqueeze(-1)
+    net = nn.Linear(1, 1).double()
+    with caplog.at_level("WARNING", logger="ntkgp"):
+        SWAG(net, batch_size=10, num_snapshots=5, rank=2, learning_rate=0.01).fit((x, 2 * x))
+        assert caplog.text == ""
+        SWAG(net, batch_size=10, num_snapshots=5, rank=2, learning_rate=2.0).fit((x, 2 * x))
+    assert "SWAG: the training loss of an epoch rose" in caplog.text

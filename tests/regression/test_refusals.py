@@ -67,6 +67,16 @@ class Padded(nn.Module):
         return self.head(self.norm(self.table(x.int()).mean(1) + scale.mean(1, keepdim=True)).tanh())
 
 
+def test_a_kink_beside_the_inputs_is_no_stopped_gradient(caplog: pytest.LogCaptureFixture) -> None:
+    net = nn.Sequential(nn.Linear(1, 1), nn.ReLU(), nn.Linear(1, 1)).double()
+    with torch.no_grad():
+        for p, value in zip(net.parameters(), (1.0, -1.0, 1.0, 1.0), strict=True):
+            p.fill_(value)
+    with caplog.at_level("WARNING", logger="ntkgp"):
+        ntkgp.LinearizedNetwork(net, torch.tensor([[1.0003], [0.2]], dtype=torch.float64))
+    assert caplog.text == ""
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_padding_rows_are_no_stopped_gradients(dtype: torch.dtype, caplog: pytest.LogCaptureFixture) -> None:
     x = torch.tensor([[0, 1, 1], [2, 1, 3], [1, 1, 1]])

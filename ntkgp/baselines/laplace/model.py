@@ -334,8 +334,7 @@ class Laplace(Baseline):
                 start += len(chunk)
         return out
 
-    def state_dict(self) -> dict[str, Tensor]:
-        """Everything that was fitted, tensors only; with the constructor's arguments it is the whole method."""
+    def _get_state(self) -> dict[str, Tensor]:
         example = self.lin.unpack(self._example)
         values = [self.log_evidences.get(at, torch.nan) for at in EVIDENCES]
         state = {
@@ -344,17 +343,9 @@ class Laplace(Baseline):
             "log_evidences": torch.tensor(values, dtype=torch.float64),
         }  # fmt: skip
         state |= {} if self._delta is None else {"delta": self._delta}
-        state |= {f"curvature.{key}": value for key, value in self.curvature.state().items()}
-        return {key: value.detach().clone() for key, value in state.items()}
+        return state | {f"curvature.{key}": value for key, value in self.curvature.state().items()}
 
-    def load_state_dict(self, state: dict[str, Tensor], example: Any = None) -> Laplace:
-        """Take over a fit of the same network with the same constructor arguments.
-
-        :param example: inputs as the network takes them; needed before the first fit where they are not one tensor.
-        :raises ValueError: other weights, or another structure.
-        """
-        if self._lin is None:
-            self._linearize(state["example"] if example is None else example)
+    def _set_state(self, state: dict[str, Tensor]) -> None:
         if state["theta"].shape != self.lin.theta.shape or not torch.equal(state["theta"], self.lin.theta):
             raise ValueError("state: was fitted to a network with other weights")
         self._example = self.lin.pack(state["example"]).double()
@@ -369,7 +360,6 @@ class Laplace(Baseline):
         values = dict(zip(EVIDENCES, state["log_evidences"].tolist(), strict=True))
         self.log_evidences = {at: value for at, value in values.items() if not math.isnan(value)}
         self._curvature = structure
-        return self
 
     def _empty(self, columns: Tensor, dual: bool) -> Structure:
         if self.structure == "last_layer":
