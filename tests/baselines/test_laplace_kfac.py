@@ -216,3 +216,27 @@ def test_batches_do_not_matter() -> None:
     close(Laplace(net, **options).fit(loader).log_evidence, whole.log_evidence)
     packed = whole.lin.pack(x_test)
     close(Laplace(net, **options).fit(loader).curvature.covariance(packed), whole.curvature.covariance(packed))
+
+
+@pytest.mark.parametrize("kind", ["regression", "classification"])
+def test_the_factors_are_those_of_curvlinops(kind: str) -> None:
+    """On the layers that curvlinops knows: convolutions and Linear, all positions, outputs exactly (not sampled)."""
+    curvlinops = pytest.importorskip("curvlinops")
+    with reference.seeded(5) as generator:
+        net = nn.Sequential(
+            nn.Conv2d(1, 3, 3, padding=1), nn.Tanh(), nn.Conv2d(3, 2, 3, stride=2), nn.Tanh(), nn.Flatten(),
+            nn.Linear(8, 5), nn.Tanh(), nn.Linear(5, 3),
+        ).double()  # fmt: skip
+        x = torch.randn(9, 1, 6, 6, generator=generator, dtype=DOUBLE)
+        y = torch.randn(9, 3, generator=generator, dtype=DOUBLE) if kind == "regression" else torch.arange(9) % 3
+    noise = 0.07
+    options = {"noise": noise} if kind == "regression" else {}
+    la = Laplace(net, kind, structure="kfac", groups="layer", evidence=None, precision=0.7, **options).fit((x, y))
+    parameters = list(net.parameters())
+    loss = (nn.MSELoss if kind == "regression" else nn.CrossEntropyLoss)(reduction="sum")
+    factors = curvlinops.KFACLinearOperator(
+        net, loss, parameters, [(x, y)], fisher_type="type-2", separate_weight_and_bias=False, check_deterministic=False
+    )
+    dense = torch.as_tensor(factors @ torch.eye(la.lin.num_parameters, dtype=DOUBLE))
+    # The squared error's Hessian is 2, a Gaussian log-likelihood's 1/σ².
+    check(la, net, dense / (2 * noise) if kind == "regression" else dense, x[:4], tolerance=1e-6)
