@@ -19,6 +19,7 @@ from ntkgp.evidence.newton_cg import CURVATURE_TOLERANCE, iterative_mode
 from ntkgp.evidence.problem import GaussianEvidence, SoftmaxEvidence
 from ntkgp.likelihoods import curvature_factor, whitened_targets
 from ntkgp.solvers import NystromPreconditioner, WhitenedSystem, solve
+from ntkgp.solvers.decompositions import thin_svd
 
 Operator: TypeAlias = "LinearOperator | Tensor | Callable[[Tensor], Tensor]"
 
@@ -139,7 +140,7 @@ def action_variance(operator: Operator, cross: Tensor, prior: Tensor, actions: T
 
     Cost: one product with A for each action.
     """
-    basis, sizes, _ = torch.linalg.svd(actions.to(torch.float64), full_matrices=False)
+    basis, sizes = thin_svd(actions.to(torch.float64))
     basis = basis[:, sizes > 1e-12 * sizes[0]]
     inner = basis.mT @ _apply(operator, basis)
     seen = torch.linalg.solve_triangular(

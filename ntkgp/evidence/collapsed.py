@@ -8,6 +8,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from ntkgp.solvers.decompositions import thin_svd
+
 _EPSILON = torch.finfo(torch.float64).eps
 # Singular values of A^1/2 T below this fraction of the largest are rounding of T.
 _RANK = 1e-7
@@ -52,7 +54,7 @@ class Collapsed:
         self.sums, self.group, self.noise = sums, group, noise
         self.variance = precision.reciprocal()
         self.root = self.variance.sqrt()[group]  # shape: (R,)
-        left, values, _ = torch.linalg.svd(self.root[:, None] * stacked, full_matrices=False)
+        left, values = thin_svd(self.root[:, None] * stacked)
         keep = values > _RANK * values[0]
         self.dropped = int((~keep).sum())
         self.basis = left[:, keep]  # Q, shape: (R, r)

@@ -11,6 +11,7 @@ from torch import Tensor
 from ntkgp.kernels.neural_tangent import NeuralTangentKernel
 from ntkgp.linearization import LinearizedNetwork
 from ntkgp.linearization.nystrom import EIGENVALUE_CUT, LandmarkFeatures
+from ntkgp.solvers.decompositions import thin_svd
 
 __all__ = ["NystromKernel"]
 
@@ -81,7 +82,7 @@ class NystromKernel(NeuralTangentKernel):
         """Q, shape (R, r)."""
         features = self._features
         root = self.precision.detach().to(torch.float64).rsqrt()[features.group]
-        left, values, _ = torch.linalg.svd(root[:, None] * features.stacked, full_matrices=False)
+        left, values = thin_svd(root[:, None] * features.stacked)
         return left[:, values > _RANK * values[0]]
 
     def _halves(self, side: Tensor, basis: Tensor) -> tuple[Tensor, Tensor]:

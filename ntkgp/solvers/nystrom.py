@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from ntkgp.solvers.decompositions import thin_svd
+
 _JITTER = 1e-10
 
 
@@ -53,7 +55,7 @@ class NystromPreconditioner:
         self._scale = self.noise.sqrt().reshape(-1, 1)  # shape: (n, 1) or (1, 1)
         whitened = _nystrom_factor(cross.detach().to(torch.float64), gram.detach().to(torch.float64), jitter)
         basis, triangle = torch.linalg.qr(whitened / self._scale)
-        left, values, _ = torch.linalg.svd(triangle, full_matrices=False)
+        left, values = thin_svd(triangle)
         self.basis = basis @ left  # shape: (*batch, n, min(n, m))
         self.eigenvalues = values.square()  # shape: (*batch, min(n, m))
 
