@@ -27,7 +27,11 @@ def readers_names(page: Path) -> dict[str, Any]:
         return {}
     x = torch.randn(30, 3)
     net = torch.nn.Sequential(torch.nn.Linear(3, 8), torch.nn.LayerNorm(8), torch.nn.Tanh(), torch.nn.Linear(8, 1))
-    return {"net": net, "x": x, "y": torch.sin(x[:, :1]), "x_new": torch.randn(4, 3)}
+    x_test = torch.randn(10, 3)
+    return {
+        "net": net, "x": x, "y": torch.sin(x[:, :1]), "x_new": torch.randn(4, 3), "x_test": x_test,
+        "y_test": torch.sin(x_test[:, :1]), "x_ood": x_test + 5,
+    }  # fmt: skip
 
 
 def name(page: Path) -> str:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import logging
 import math
-from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
@@ -16,7 +15,6 @@ from tqdm.auto import tqdm
 from ntkgp.baselines.newton_cg import Minima, minimise
 from ntkgp.baselines.protocol import Baseline, check_entries, labelled, normal, observed
 from ntkgp.baselines.regularised import RegularisedLoss, WeightedOutputs
-from ntkgp.linearization import ParameterGroups
 from ntkgp.linearization.frozen import FrozenNetwork, pass_environment
 from ntkgp.models.batches import Batches
 
@@ -80,6 +78,7 @@ class HessianFreeLaplace(Baseline):
     :param tolerance: gradient norm at which a refit ends, relative to the gradient of its perturbation, μ‖∇f(x)‖; the
         control's is relative to the smallest perturbation of a training input.
     :param max_iterations: Newton steps of a refit.
+    :param common: groups, output, max_memory, seed, progress, see :class:`~ntkgp.baselines.Baseline`.
     :raises ValueError: an option out of its range; at :meth:`fit`, a network whose loss has no minimum because its
         function does not change with the scale of some weights, which the prior shrinks for ever.
     :raises RuntimeError: at :meth:`predict`, refits that end with most of the gradient of their perturbation, as at the
@@ -106,11 +105,6 @@ class HessianFreeLaplace(Baseline):
         net: nn.Module,
         likelihood: str = "regression",
         *,
-        groups: str | ParameterGroups = "normalization",
-        output: Callable[[Any], Tensor] | None = None,
-        max_memory: str | int | float = "2GiB",
-        seed: int = 0,
-        progress: bool = False,
         precision: float | Tensor = 1.0,
         noise: float | Tensor | None = None,
         model: str = "network",
@@ -119,10 +113,9 @@ class HessianFreeLaplace(Baseline):
         amortised: bool = False,
         tolerance: float = 1e-6,
         max_iterations: int = 200,
+        **common: Any,
     ) -> None:
-        super().__init__(
-            net, likelihood, groups=groups, output=output, max_memory=max_memory, seed=seed, progress=progress
-        )
+        super().__init__(net, likelihood, **common)
         for name, value, known in (("model", model, MODELS), ("form", form, FORMS)):
             if value not in known:
                 raise ValueError(f"{name}: expected one of {known}, got {value!r}")
@@ -323,8 +316,8 @@ class HessianFreeLaplace(Baseline):
             lost = ~found.converged & (found.gradient_norms * self.tolerance > _LOST * goal)
             if bool(lost.any()):
                 raise RuntimeError(
-                    f"HessianFreeLaplace: {int(lost.sum())} of {len(lost)} refits did not follow their perturbation, as "
-                    "at the kinks of ReLU-like activations, where the loss has no Hessian; use "
+                    f"HessianFreeLaplace: {int(lost.sum())} of {len(lost)} refits did not follow their perturbation, "
+                    "as at the kinks of ReLU-like activations, where the loss has no Hessian; use "
                     "baselines.variational_laplace.smooth(net) or model='tangent'"
                 )
             moved.append(run.outputs_in_forms(found.theta))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import logging
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -14,7 +14,6 @@ from torch.distributions import Distribution
 
 from ntkgp.baselines.moments import SecondMoments, second_moments
 from ntkgp.baselines.protocol import Baseline, labelled, normal, observed
-from ntkgp.linearization import ParameterGroups
 from ntkgp.linearization.frozen import pass_environment
 from ntkgp.models.batches import Batches
 
@@ -66,6 +65,7 @@ class L2M(Baseline):
     :param prediction: ``"weights"``, samples of weights through the network itself, as printed, or ``"glm"``, the exact
         moments of the tangent model; by default that of the variant, ``"glm"`` for the corrected one.
     :param num_samples: of weights.
+    :param common: groups, output, max_memory, seed, progress, see :class:`~ntkgp.baselines.Baseline`.
     :raises ValueError: an option out of its range; at :meth:`fit`, an optimiser or a batch size that does not fit.
 
     The printed form shows the standard deviation of the mean function and adds no noise: that is ``predict(x).latent``.
@@ -89,11 +89,6 @@ class L2M(Baseline):
         net: nn.Module,
         likelihood: str = "regression",
         *,
-        groups: str | ParameterGroups = "normalization",
-        output: Callable[[Any], Tensor] | None = None,
-        max_memory: str | int | float = "2GiB",
-        seed: int = 0,
-        progress: bool = False,
         optimizer: torch.optim.Optimizer | Mapping[str, Any] | None = None,
         variant: str = "corrected",
         batch_size: int | None = None,
@@ -103,12 +98,11 @@ class L2M(Baseline):
         noise: float | None = None,
         prediction: str | None = None,
         num_samples: int = 500,
+        **common: Any,
     ) -> None:
         if prediction is None:
             prediction = "weights" if variant == "paper" else "glm"
-        super().__init__(
-            net, likelihood, groups=groups, output=output, max_memory=max_memory, seed=seed, progress=progress
-        )
+        super().__init__(net, likelihood, **common)
         for name, value, known in (
             ("variant", variant, VARIANTS), ("loss", loss, LOSSES), ("prediction", prediction, PREDICTIONS),
         ):  # fmt: skip

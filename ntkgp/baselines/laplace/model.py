@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -21,7 +20,6 @@ from ntkgp.baselines.laplace.structures import Diagonal, Dual, Primal, Structure
 from ntkgp.baselines.laplace.tangent import Tangent, squared_errors
 from ntkgp.baselines.protocol import Baseline, labelled, normal, observed
 from ntkgp.likelihoods import BernoulliLikelihood, CategoricalLikelihood
-from ntkgp.linearization import ParameterGroups
 from ntkgp.linearization.frozen import pass_environment
 from ntkgp.models.batches import Batches
 
@@ -56,7 +54,7 @@ class Laplace(Baseline):
     log-determinant is the structure's. The diagonal overstates it, so that its evidence may prune every weight where P
     is larger than N·C. Noise found at θ⋆ is that of h(θ⋆), not of the network: it goes with ``mean="posterior"``.
 
-    :param net, likelihood, groups, output, max_memory, seed, progress: see :class:`~ntkgp.baselines.Baseline`.
+    :param net, likelihood, common: groups, output, max_memory, seed, progress as in :class:`~ntkgp.baselines.Baseline`.
     :param structure: of H, see above.
     :param evidence: ``"theta_star"``, ``"theta"``, or None to keep ``precision`` and ``noise``.
     :param prediction: ``"glm"`` (outputs of the tangent model, Gaussian) or ``"weights"`` (the network itself at
@@ -102,11 +100,6 @@ class Laplace(Baseline):
         net: nn.Module,
         likelihood: str = "regression",
         *,
-        groups: str | ParameterGroups = "normalization",
-        output: Callable[[Any], Tensor] | None = None,
-        max_memory: str | int | float = "2GiB",
-        seed: int = 0,
-        progress: bool = False,
         structure: str = "full",
         evidence: str | None = "theta_star",
         prediction: str = "glm",
@@ -123,10 +116,9 @@ class Laplace(Baseline):
         swag_snapshots: int = 40,
         swag_lr: float = 0.01,
         swag_weight_decay: float = 3e-4,
+        **common: Any,
     ) -> None:
-        super().__init__(
-            net, likelihood, groups=groups, output=output, max_memory=max_memory, seed=seed, progress=progress
-        )
+        super().__init__(net, likelihood, **common)
         _among("structure", structure, STRUCTURES)
         _among("prediction", prediction, PREDICTIONS)
         _among("mean", mean, MEANS)
