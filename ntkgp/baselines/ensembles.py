@@ -141,7 +141,9 @@ class DeepEnsemble(OutputSamples):
             net.train()
             found = self._train(net, self._data)
         if found is not None and not isinstance(found, nn.Module):
-            raise TypeError(f"train: expected it to return a network or None, got {type(found).__name__}")
+            raise TypeError(
+                f"train: expected it to return a network, or None after training in place, got {type(found).__name__}"
+            )
         return private_copy(net if found is None else found)
 
     def _samples(self, x: Tensor) -> Tensor:

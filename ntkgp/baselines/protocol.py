@@ -105,11 +105,20 @@ class Baseline(ABC):
         """Take the state of a comparator of the same network and options; return itself.
 
         :param example: inputs as the network takes them; needed where ``fit`` was never called.
-        :raises ValueError: other names or shapes than :meth:`state_dict` gives, or no example.
+        :raises ValueError: other names or shapes than :meth:`state_dict` gives, or no example; nothing is changed then.
         """
-        if self._lin is None:
-            self._linearize(state.get("example") if example is None else example)
-        self._set_state({name: tensor.detach().clone() for name, tensor in state.items()})
+        before = dict(vars(self))
+        try:
+            if self._lin is None:
+                self._linearize(state.get("example") if example is None else example)
+            self._set_state({name: tensor.detach().clone() for name, tensor in state.items()})
+        except Exception as error:
+            vars(self).clear()
+            vars(self).update(before)
+            if isinstance(error, KeyError | IndexError | RuntimeError):
+                what = f"missing {error}" if isinstance(error, KeyError) else str(error)
+                raise ValueError(f"state: none of a {type(self).__name__} with these options: {what}") from error
+            raise
         return self
 
     def _get_state(self) -> dict[str, Tensor]:
@@ -117,6 +126,16 @@ class Baseline(ABC):
 
     def _set_state(self, state: dict[str, Tensor]) -> None:
         check_entries(state, self._state)
+        c, p = self.lin.num_outputs, self.lin.num_parameters
+        known: dict[str, tuple[int, ...]] = {
+            "noise": (c,), "temperature": (), "precision": (len(self.lin.groups),),
+            "mean": (p,), "variance": (p,), "fisher": (p,), "deviations": (p,), "weights": (p,),
+        }  # fmt: skip
+        for name, shape in known.items():
+            came = tuple(state[name].shape) if name in state else shape
+            # SWAG has several rows of these.
+            if came != shape and not (name in ("deviations", "weights") and came[1:] == shape):
+                raise ValueError(f"state: expected {name} of shape {shape}, got {came}")
         for name in self._state:
             setattr(self, name, state[name])
 

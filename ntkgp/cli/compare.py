@@ -58,7 +58,7 @@ def run_compare(options: CompareOptions) -> Comparison:
     print(found)
     try:
         found.plot().savefig(options.out / "figure.png")
-    except ImportError as error:
+    except (ImportError, ValueError) as error:  # no matplotlib, or no scores
         print(f"no figure: {error}")
     written = sorted(path.name for path in options.out.iterdir() if path.is_file())
     print(f"\nwritten to {options.out}: {', '.join(written)}")

@@ -16,6 +16,8 @@ from torch import Tensor, nn
 
 from ntkgp.evaluation.training import seeded
 
+_ARRAYS = ("x", "y", "x_test", "y_test", "x_ood")
+
 
 class CommandError(Exception):
     """A mistake in what the user gave, said in one line."""
@@ -94,7 +96,7 @@ def load_data(path: Path, likelihood: str, dtype: torch.dtype) -> CommandData:
 
     :param path: the file.
     :param likelihood: ``"regression"``, ``"classification"`` or ``"auto"`` (integer targets are labels).
-    :param dtype: of the network; floating-point inputs are converted to it, integer inputs stay integers.
+    :param dtype: of the network; inputs are converted to it, unless those of `x` are integers: all stay integers then.
     :return: :class:`CommandData`.
     :raises CommandError: no such file, missing arrays, lengths that differ, labels that are not integers.
     """
@@ -103,37 +105,41 @@ def load_data(path: Path, likelihood: str, dtype: torch.dtype) -> CommandData:
     try:
         with np.load(path, allow_pickle=False) as file:
             arrays = {name: file[name] for name in file.files}
-    except (ValueError, OSError, AttributeError, zipfile.BadZipFile) as error:
+    # A plain .npy file gives an array, which is no context.
+    except (ValueError, OSError, AttributeError, TypeError, zipfile.BadZipFile) as error:
         raise CommandError(f"--data: {path} is not an .npz file of plain arrays: {error}") from error
     if not {"x", "y"} <= arrays.keys():
         raise CommandError(f"--data: {path} needs arrays x and y (and may have x_test, y_test), got {sorted(arrays)}")
     if "y_test" in arrays and "x_test" not in arrays:
         raise CommandError(f"--data: {path} has y_test but no x_test")
+    for name, array in arrays.items():
+        if name in _ARRAYS and (array.ndim == 0 or len(array) == 0):
+            raise CommandError(f"--data: {name} has shape {array.shape}, expected at least one row")
     for inputs, targets in (("x", "y"), ("x_test", "y_test")):
         if targets in arrays and len(arrays[inputs]) != len(arrays[targets]):
             raise CommandError(f"--data: {len(arrays[inputs])} rows in {inputs}, {len(arrays[targets])} in {targets}")
     integer = np.issubdtype(arrays["y"].dtype, np.integer)
     classification = integer if likelihood == "auto" else likelihood == "classification"
-    if classification and not integer:
-        raise CommandError(f"--data: classification needs integer labels in y, got {arrays['y'].dtype}")
+    for name in ("y", "y_test"):
+        if classification and name in arrays and not np.issubdtype(arrays[name].dtype, np.integer):
+            raise CommandError(f"--data: classification needs integer labels in {name}, got {arrays[name].dtype}")
+    tokens = np.issubdtype(arrays["x"].dtype, np.integer)
     tensors = {}
-    for name in ("x", "y", "x_test", "y_test", "x_ood"):
+    for name in _ARRAYS:
         if name in arrays:
-            target = torch.long if name.startswith("y") and classification else dtype
-            tensors[name] = _tensor(name, arrays[name], target)
+            if tokens and name.startswith("x") and not np.issubdtype(arrays[name].dtype, np.integer):
+                raise CommandError(f"--data: x holds integers, {name} {arrays[name].dtype}; expected the same kind")
+            is_long = tokens if name.startswith("x") else classification
+            tensors[name] = _tensor(name, arrays[name], torch.long if is_long else dtype)
     x_test, y_test, x_ood = (tensors.get(name) for name in ("x_test", "y_test", "x_ood"))
     return CommandData(tensors["x"], tensors["y"], x_test, y_test, x_ood, bool(classification))
 
 
 def _tensor(name: str, array: np.ndarray, dtype: torch.dtype) -> Tensor:
-    """Array as a tensor: floats in the given dtype; integer inputs stay integers (tokens)."""
+    """Array of numbers as a tensor."""
     if not (np.issubdtype(array.dtype, np.floating) or np.issubdtype(array.dtype, np.integer)):
         raise CommandError(f"--data: {name} holds {array.dtype}, expected numbers")
-    if array.ndim == 0 or len(array) == 0:
-        raise CommandError(f"--data: {name} has shape {array.shape}, expected at least one row")
-    if name.startswith("x") and np.issubdtype(array.dtype, np.integer):
-        dtype = torch.long
-    return torch.as_tensor(np.ascontiguousarray(array)).to(dtype)
+    return torch.as_tensor(np.ascontiguousarray(array, array.dtype.newbyteorder("="))).to(dtype)
 
 
 def network_dtype(net: nn.Module) -> torch.dtype:

@@ -42,20 +42,24 @@ class Evaluated:
 
 def finds_mode_directly(structure: Structure, tangent: Tangent) -> bool:
     """Whether θ⋆ is found by some factorisations of kept rows, not by many products."""
-    exact = not isinstance(structure, Diagonal | Kfac)
-    return tangent.is_kept and (exact or min(tangent.count() * structure.lin.num_outputs, tangent.size) <= _MOST_EXACT)
+    return tangent.is_kept and (not isinstance(structure, Diagonal | Kfac) or _fits_exactly(structure, tangent))
+
+
+def _fits_exactly(structure: Structure, tangent: Tangent) -> bool:
+    """Whether the whole H beside an approximate structure is small."""
+    rows, p = tangent.count() * structure.lin.num_outputs, tangent.size
+    numbers = (len(structure.lin.groups) + 3) * min(rows, p) ** 2
+    if p <= rows:
+        numbers = max(numbers, (structure.num_channels + 3) * p**2)
+    return min(rows, p) <= _MOST_EXACT and 8 * numbers <= structure.max_memory
 
 
 def _companion(structure: Structure, tangent: Tangent) -> Structure | None:
     """The whole H, to find θ⋆ of an approximate structure in a step or two, where it is small and rows are kept."""
-    rows, p = tangent.count() * structure.lin.num_outputs, tangent.size
-    if not isinstance(structure, Diagonal | Kfac) or not tangent.is_kept or min(rows, p) > _MOST_EXACT:
+    if not isinstance(structure, Diagonal | Kfac) or not tangent.is_kept or not _fits_exactly(structure, tangent):
         return None
-    if 8 * (len(structure.lin.groups) + 3) * min(rows, p) ** 2 > structure.max_memory:
-        return None
-    exact = (Dual if rows < p else Primal)(structure.lin, None, structure.classification, structure.max_memory)
-    if isinstance(exact, Primal) and 8 * (structure.num_channels + 3) * p**2 > structure.max_memory:
-        return None
+    kind = Dual if tangent.count() * structure.lin.num_outputs < tangent.size else Primal
+    exact = kind(structure.lin, None, structure.classification, structure.max_memory)
     exact.collect(tangent)
     return exact
 

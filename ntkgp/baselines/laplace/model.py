@@ -333,13 +333,21 @@ class Laplace(Baseline):
             "precision": self.precision, "noise": self.noise, "theta": self.lin.theta,
             "columns": self.curvature.columns, "example": example if isinstance(example, Tensor) else self._example,
             "log_evidences": torch.tensor(values, dtype=torch.float64),
+            "structure": torch.tensor(STRUCTURES.index(self.structure)),
         }  # fmt: skip
         state |= {} if self._delta is None else {"delta": self._delta}
         return state | {f"curvature.{key}": value for key, value in self.curvature.state().items()}
 
     def _set_state(self, state: dict[str, Tensor]) -> None:
+        own = STRUCTURES[int(state["structure"])]
+        if own != self.structure:
+            raise ValueError(f"state: of structure={own!r}, not {self.structure!r}")
         if state["theta"].shape != self.lin.theta.shape or not torch.equal(state["theta"], self.lin.theta):
             raise ValueError("state: was fitted to a network with other weights")
+        shapes = {"precision": (len(self.lin.groups),), "noise": (self._num_channels,)}
+        for name, shape in shapes.items():
+            if tuple(state[name].shape) != shape:
+                raise ValueError(f"state: expected {name} of shape {shape}, got {tuple(state[name].shape)}")
         self._example = self.lin.pack(state["example"]).double()
         curvature = {key.removeprefix("curvature."): v for key, v in state.items() if key.startswith("curvature.")}
         structure = self._empty(state["columns"], dual="grams" in curvature)

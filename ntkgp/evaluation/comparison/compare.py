@@ -2,29 +2,33 @@
 
 from __future__ import annotations
 
-import hashlib
 import math
 import os
+import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.distributions import Bernoulli, Categorical
+from torch.utils._pytree import tree_leaves
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
 from ntkgp.baselines import Baseline
 from ntkgp.baselines.protocol import likelihood_of
-from ntkgp.evaluation.comparison.isolation import Outcome, Unsendable, Workplace, attempt
+from ntkgp.evaluation.comparison.fingerprint import Unknowable, fingerprint
+from ntkgp.evaluation.comparison.isolation import Ended, Outcome, Unsendable, Workplace, attempt
 from ntkgp.evaluation.comparison.methods import GaussianProcess, Method, Predictor, default_methods
 from ntkgp.evaluation.comparison.results import Comparison, Row
 from ntkgp.evaluation.comparison.scores import Predicted, Scale, collect, score
 from ntkgp.linearization import LinearizedNetwork, ParameterGroups
+from ntkgp.linearization.frozen import private_copy
 from ntkgp.models.batches import Batches, collect_raw
 from ntkgp.models.network_gp import NetworkGP
 
@@ -72,8 +76,8 @@ def compare(
     :param test_data: the same, held in memory.
     :param methods: names (:func:`method_names`), :class:`Method` with options, comparators not yet fitted
         (:class:`~ntkgp.baselines.Baseline`), fitted models (``ExactNTKGP``, …), functions
-        ``f(net, train_data)`` that return something with ``predict(x)``; or a dict of them by label. Default: all
-        names that need nothing more.
+        ``f(net, train_data)``, called with a copy of the network, that return something with ``predict(x)``; or a dict
+        of them by label. Default: all names that need nothing more.
     :param ood_data: inputs from elsewhere, or data of which the inputs are taken: how well are they told from the test
         inputs by the variance (regression), or by the entropy and by the latent variance (classification)?
     :param likelihood: ``"regression"``, ``"classification"``, or ``"auto"``: integer targets are labels.
@@ -84,8 +88,8 @@ def compare(
         likes. What cannot be sent there (functions and classes of ``__main__``) runs in this process, without the
         memory and with a note.
     :param time_limit: seconds for each method, where it has a process of its own.
-    :param folder: where results are kept: a second call with the same network, data and options takes them from there.
-        Failures are tried again.
+    :param folder: where results are kept: a second call with the same network, data and options takes them from there,
+        by :func:`~ntkgp.evaluation.comparison.fingerprint.fingerprint`. Failures are tried again.
     :param name: of the data set, for :meth:`Comparison.joined`; ``"set/3"`` is split 3 of a set.
     :param progress: show a progress bar.
     :return: :class:`Comparison`. A method that failed is a row that says why.
@@ -103,25 +107,28 @@ def compare(
     """
     if not isinstance(net, nn.Module):
         raise TypeError(f"net: expected a torch.nn.Module, got {type(net).__name__}")
+    if time_limit is not None and not (isinstance(time_limit, int | float) and time_limit > 0):
+        raise ValueError(f"time_limit: expected a positive number of seconds, got {time_limit!r}")
     problem = _problem(net, train_data, test_data, ood_data, likelihood, groups, output, target_scale)
     problem.shared.update(max_memory=max_memory, seed=seed)
     if validation is not None:
         problem.shared["validation"] = validation
     chosen = _labelled(default_methods(net, problem.shared) if methods is None else methods)
-    kept = None if folder is None else _Kept(Path(folder), problem)
-    rows, notes = [], []
+    rows: list[Row] = []
     with ExitStack() as stack:
         bench = _Bench(problem, isolate, time_limit, stack)
+        kept = _Kept(None if folder is None else Path(folder), problem, isolate, bench.notes)
         for label, method in tqdm(chosen.items(), "methods", disable=not progress):
-            row = kept.load(label, method) if kept else None
+            # Before the fit, which may change the method.
+            path = kept.path(label, method)
+            row = None if path is None else _load(path)
             if row is None:
                 row = bench.row(label, method)
-                if kept and not row.failure:
-                    kept.save(label, method, row)
+                if path is not None and not row.failure:
+                    _save(path, row)
             rows.append(replace(row, data=name))
-        notes = bench.notes
     kind = problem.shared["likelihood"]
-    return Comparison(rows, kind, {name: _targets(problem, kind)}, notes)
+    return Comparison(rows, kind, {name: _targets(problem, kind)}, bench.notes)
 
 
 def evaluate(problem: Problem, method: Any) -> Row:
@@ -146,7 +153,8 @@ def evaluate(problem: Problem, method: Any) -> Row:
 def warm_up() -> None:
     """A comparison of one number, for what torch and this library import on first use."""
     x = torch.ones(2, 1)
-    compare(nn.Linear(1, 1), (x, x), (x, x), ["laplace-full", "gp"], isolate=False)
+    with torch.random.fork_rng(devices=[]):
+        compare(nn.Linear(1, 1), (x, x), (x, x), ["laplace-full", "gp"], isolate=False)
 
 
 class _Bench:
@@ -169,52 +177,84 @@ class _Bench:
         return replace(outcome.result, method=label, memory=outcome.memory)
 
     def _elsewhere(self, label: str, method: Any) -> Outcome | None:
-        try:
-            if self._place is None:
+        if self._place is None:
+            try:
+                _on_cpu(self._problem)
                 self._place = self._stack.enter_context(Workplace(evaluate, self._problem, warm_up))
+            except (Unsendable, Ended) as reason:
+                self._isolate = False
+                self.notes.append(f"all methods ran in one process, memory not measured: network and data: {reason}")
+                return None
+        try:
             return self._place.run(method, self._limit)
         except Unsendable as reason:
-            if self._place is None:
-                self._isolate = False
-                self.notes.append(f"all methods ran in one process, memory not measured: the network or data {reason}")
-            else:
-                self.notes.append(f"{label} ran in the calling process, memory not measured: it {reason}")
+            self.notes.append(f"{label} ran in the calling process, memory not measured: it {reason}")
             return None
+        except Ended as reason:
+            self._place.close()
+            self._place = None
+            return Outcome(None, str(reason), math.nan)
+
+
+def _on_cpu(problem: Problem) -> None:
+    """A fork of a process that holds tensors of an accelerator cannot use it."""
+    data = tree_leaves((problem.x, problem.y, problem.outside, problem.train_data))
+    for part in (*problem.net.parameters(), *problem.net.buffers(), *data):
+        if isinstance(part, Tensor) and part.device.type != "cpu":
+            raise Unsendable(f"on {part.device}, that a forked process cannot use")
 
 
 class _Kept:
     """Results of earlier calls, by a hash of all that they depend on."""
 
-    def __init__(self, folder: Path, problem: Problem) -> None:
-        self._folder = folder
+    def __init__(self, folder: Path | None, problem: Problem, isolate: bool, notes: list[str]) -> None:
+        self._folder, self._notes = folder, notes
+        if folder is None:
+            return
         folder.mkdir(parents=True, exist_ok=True)
-        net = [problem.net.state_dict(), str(problem.net)]
         data = [problem.train_data, problem.x, problem.y, problem.outside, problem.scale.mean, problem.scale.std]
-        self._key = _digest([net, data, problem.shared])
-
-    def _path(self, label: str, method: Any) -> Path:
-        key = _digest((self._key, label, _description(method)))
-        plain = "".join(letter if letter.isalnum() else "-" for letter in label)[:40]
-        return self._folder / f"{plain}-{key[:16]}.pt"
-
-    def load(self, label: str, method: Any) -> Row | None:
-        """The row kept for this method, if it is there and whole."""
-        path = self._path(label, method)
-        if not path.is_file():
-            return None
         try:
-            state = torch.load(path, weights_only=True)
-            return replace(Row.from_json(state["row"]), predicted=Predicted(**state["predicted"]))
-        except Exception:  # a broken file may raise anything; it is written again
+            self._key = fingerprint(_version(), isolate, problem.net, data, problem.shared)
+        except Unknowable as reason:
+            self._folder = None
+            notes.append(f"no results are kept: {reason}")
+
+    def path(self, label: str, method: Any) -> Path | None:
+        """Where a row of this method is kept; None where it cannot be."""
+        if self._folder is None:
+            return None
+        plain = "".join(letter if letter.isalnum() else "-" for letter in label)[:40]
+        try:
+            return self._folder / f"{plain}-{fingerprint(self._key, label, method)[:16]}.pt"
+        except Unknowable as reason:
+            self._notes.append(f"the result of {label} is not kept: {reason}")
             return None
 
-    def save(self, label: str, method: Any, row: Row) -> None:
-        """Keep a row; it appears whole or not at all."""
-        path = self._path(label, method)
-        predicted = {} if row.predicted is None else {k: v for k, v in vars(row.predicted).items() if v is not None}
-        part = path.with_suffix(f".{os.getpid()}.part")
-        torch.save({"row": row.to_json(), "predicted": predicted}, part)
-        part.replace(path)
+
+def _version() -> str:
+    try:
+        return version("ntkgp")
+    except PackageNotFoundError:
+        return ""
+
+
+def _load(path: Path) -> Row | None:
+    """The row that is kept in a file, if it is there and whole."""
+    if not path.is_file():
+        return None
+    try:
+        state = torch.load(path, weights_only=True)
+        return replace(Row.from_json(state["row"]), predicted=Predicted(**state["predicted"]))
+    except Exception:  # a broken file may raise anything; it is written again
+        return None
+
+
+def _save(path: Path, row: Row) -> None:
+    """Keep a row; it appears whole or not at all."""
+    predicted = {} if row.predicted is None else {k: v for k, v in vars(row.predicted).items() if v is not None}
+    part = path.with_suffix(f".{os.getpid()}-{threading.get_ident()}.part")
+    torch.save({"row": row.to_json(), "predicted": predicted}, part)
+    part.replace(path)
 
 
 def _problem(
@@ -232,18 +272,24 @@ def _problem(
     targets = likelihood_of(likelihood, lin.num_outputs)
     for _ in Batches.of(train_data, lin, targets):
         pass
-    _, y = Batches.of(test_data, lin, targets, name="test_data").collect()
+    # Of the rows just read: a second pass over a loader may have another order.
+    _, y = Batches.of((test.x, test.y), lin, targets, name="test_data").collect()
+    scale = Scale.of(target_scale)
+    for part in (scale.mean, scale.std):
+        if part.numel() not in (1, lin.num_outputs):
+            raise ValueError(f"target_scale: expected one number or {lin.num_outputs} each, got {part.numel()}")
     shared = {"likelihood": likelihood, "groups": groups, "output": output}
     outside = None
     if ood_data is not None:
-        outside = _inputs(ood_data)
-        lin.pack(outside)
-    return Problem(net, train_data, test.x, y, outside, Scale.of(target_scale), shared)
+        outside = _inputs(ood_data, lin)
+        lin.packing.pack(outside, "ood_data")
+    return Problem(net, train_data, test.x, y, outside, scale, shared)
 
 
-def _inputs(data: Any) -> Any:
+def _inputs(data: Any, lin: LinearizedNetwork) -> Any:
     """Inputs of data, or the data themselves where they are inputs."""
-    if isinstance(data, DataLoader | Dataset) or (isinstance(data, tuple | list) and len(data) == 2):
+    is_data = isinstance(data, DataLoader | Dataset) or (isinstance(data, tuple | list) and len(data) == 2)
+    if is_data and not lin.packing.is_raw(data):  # a network may have two inputs
         return collect_raw(data, "ood_data").x
     return data
 
@@ -262,6 +308,9 @@ def _labelled(methods: Any) -> dict[str, Any]:
         methods = [methods]
     if isinstance(methods, Mapping):
         pairs = [(label, _method(method, label)) for label, method in methods.items()]
+        for label in methods:
+            if not (isinstance(label, str) and label.strip() and label.isprintable()):
+                raise ValueError(f"methods: expected labels of printable characters, got {label!r}")
     else:
         pairs = [(_label(method), method) for method in map(_method, methods)]
     if not pairs:
@@ -294,54 +343,4 @@ def _fitted(problem: Problem, method: Any) -> Predictor:
         return GaussianProcess(method)
     if hasattr(method, "predict") and not isinstance(method, type):
         return method.fit(problem.train_data)
-    return method(problem.net, problem.train_data)
-
-
-def _description(method: Any) -> Any:
-    """What a method depends on, as far as it can be told."""
-    if isinstance(method, Method):
-        other = None if method.net is None else [method.net.state_dict(), str(method.net)]
-        return [method.name, other, method.options]
-    if isinstance(method, nn.Module):
-        return [type(method).__qualname__, method.state_dict()]
-    if isinstance(method, Baseline):
-        return [
-            type(method).__qualname__,
-            method.net.state_dict(),
-            {k: v for k, v in vars(method).items() if k != "net"},
-        ]
-    return method
-
-
-def _digest(value: Any) -> str:
-    found = hashlib.sha256()
-    _feed(found, value)
-    return found.hexdigest()
-
-
-def _feed(found: Any, value: Any) -> None:
-    """Add a value to a hash: tensors by their bytes, functions and classes by their names."""
-    if isinstance(value, Tensor):
-        plain = value.detach().to("cpu").contiguous()
-        found.update(f"tensor {plain.dtype} {tuple(plain.shape)}".encode())
-        found.update(plain.reshape(-1).view(torch.uint8).numpy().tobytes() if plain.numel() else b"")
-    elif isinstance(value, Mapping):
-        found.update(b"{")
-        for key in sorted(value, key=str):
-            _feed(found, str(key))
-            _feed(found, value[key])
-    elif isinstance(value, list | tuple):
-        found.update(f"[{len(value)}".encode())
-        for part in value:
-            _feed(found, part)
-    elif isinstance(value, nn.Module):
-        _feed(found, [str(value), value.state_dict()])
-    elif isinstance(value, DataLoader | Dataset):
-        data = collect_raw(value)
-        leaves, _ = torch.utils._pytree.tree_flatten(data.x)
-        _feed(found, [leaves, data.y])
-    elif value is None or isinstance(value, str | int | float | bool | bytes):
-        found.update(repr(value).encode())
-    else:
-        named = value if callable(value) else type(value)
-        found.update(f"{getattr(named, '__module__', '')}.{getattr(named, '__qualname__', named)}".encode())
+    return method(private_copy(problem.net), problem.train_data)

@@ -6,12 +6,15 @@ import contextlib
 import math
 import os
 import pickle
+import select
+import shutil
 import signal
 import subprocess
 import sys
 import tempfile
 import time
 import traceback
+import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import TracebackType
@@ -40,7 +43,7 @@ class Workplace:
 
     :param task: ``task(data, argument) -> result``, a function of an importable module.
     :param data: what every task reads; pickled once.
-    :param warm_up: called there first: what it imports is no task's time or memory.
+    :param warm_up: called there first, and before each task: what it imports is no task's time or memory.
     :raises Unsendable: data that cannot be pickled, or only be read where they are.
 
     Memory: the data once more in the other interpreter. Start-up: its imports, some seconds.
@@ -69,9 +72,15 @@ class Workplace:
         del parcel
         paths = os.pathsep.join(filter(None, [str(Path(__file__).parents[3]), os.environ.get("PYTHONPATH")]))
         # Not "-m": functions that are pickled by this module's name must be found in it, and not in __main__.
-        command = f"import {__name__} as here; here.serve({str(folder)!r})"
+        # The current folder is no place of modules, unless it is one here.
+        command = (
+            f"import sys; sys.path[:] = filter(None, sys.path); import {__name__} as here; here.serve({str(folder)!r})"
+        )
         environment = {**os.environ, "PYTHONPATH": paths}
-        self._process = subprocess.Popen([sys.executable, "-c", command], stdin=subprocess.PIPE, env=environment)
+        # An interruption from the terminal reaches this process alone, which then ends the other.
+        self._process = subprocess.Popen(
+            [sys.executable, "-c", command], stdin=subprocess.PIPE, env=environment, start_new_session=True
+        )
         (status,) = self._wait("ready")
         (folder / "parcel").unlink()
         if status:
@@ -82,17 +91,21 @@ class Workplace:
 
         :param time_limit: seconds after which it is ended.
         :raises Unsendable: an argument that cannot be pickled or read there.
+        :raises Ended: the other interpreter is no more; another one is needed.
         """
         process = self._process
         assert process is not None
         assert process.stdin is not None
         try:
-            parcel = pickle.dumps((argument, time_limit))
+            parcel = pickle.dumps(argument)
         except Exception as error:
             raise Unsendable(f"cannot be pickled: {error}") from error
-        (Path(self._folder.name) / "argument").write_bytes(parcel)
-        process.stdin.write(b"\n")
-        process.stdin.flush()
+        folder = Path(self._folder.name)
+        (folder / "argument").write_bytes(parcel)
+        (folder / "limit").write_bytes(pickle.dumps(time_limit))
+        with contextlib.suppress(BrokenPipeError):  # seen while waiting
+            process.stdin.write(b"\n")
+            process.stdin.flush()
         status, outcome = self._wait("done")
         if status:
             raise Unsendable(status)
@@ -104,7 +117,7 @@ class Workplace:
         path = Path(self._folder.name) / name
         while not path.exists():
             if self._process.poll() is not None and not path.exists():
-                raise Unsendable(f"the other interpreter ended with status {self._process.returncode}")
+                raise Ended(f"the other interpreter ended with status {self._process.returncode}")
             time.sleep(_PULSE)
         message = pickle.loads(path.read_bytes())
         path.unlink()
@@ -122,6 +135,9 @@ class Workplace:
                 self._process.kill()
                 self._process.wait()
             self._process = None
+            # What was ended from outside left its fork behind.
+            with contextlib.suppress(FileNotFoundError, ValueError):
+                _end(int((Path(self._folder.name) / "fork").read_text()))
         self._folder.cleanup()
 
     def __enter__(self) -> Workplace:
@@ -137,11 +153,15 @@ class Unsendable(RuntimeError):
     """The task cannot be done in another process."""
 
 
+class Ended(RuntimeError):
+    """The other interpreter was ended from outside, or by what it was told to do."""
+
+
 def attempt(task: Callable[[Any, Any], Any], data: Any, argument: Any) -> tuple[Any, str]:
     """Result and reason of failure, one of them empty; interruptions pass."""
     try:
         return task(data, argument), ""
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         return None, describe(error)
 
 
@@ -162,59 +182,93 @@ def serve(place: str) -> None:
         # With one thread, for forks of a process whose OpenMP has started others would wait for these.
         torch.set_num_threads(1)
         warm_up()
+
+        def warm() -> None:
+            torch.set_num_threads(settings["threads"])
+            warm_up()
+
     except Exception as error:
         _write(folder / "ready", (f"cannot be read in another process: {describe(error)}",))
         return
     _write(folder / "ready", ("",))
-    for _ in iter(lambda: os.read(0, 1), b""):
-        try:
-            argument, limit = pickle.loads((folder / "argument").read_bytes())
-        except Exception as error:
-            _write(folder / "done", (f"cannot be read in another process: {describe(error)}", None))
-            continue
-        _write(folder / "done", ("", _forked(folder, task, data, argument, limit, settings["threads"])))
+    while os.read(0, 1):
+        limit = pickle.loads((folder / "limit").read_bytes())
+        _write(folder / "done", _forked(folder, task, data, limit, warm))
+    # Where nobody is left to do it.
+    shutil.rmtree(folder, ignore_errors=True)
 
 
-def _forked(folder: Path, task: Any, data: Any, argument: Any, limit: float | None, threads: int) -> tuple[Any, ...]:
-    """The outcome of a task in a fork of this process."""
-    path = folder / "result"
+def _forked(folder: Path, task: Any, data: Any, limit: float | None, warm: Callable[[], Any]) -> tuple[Any, ...]:
+    """Why there is no outcome, and the outcome of a task in a fork of this process."""
+    path, started = folder / "result", folder / "started"
     path.unlink(missing_ok=True)
-    child = os.fork()
+    started.unlink(missing_ok=True)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of forks of processes with threads: numpy's and scipy's are idle
+        child = os.fork()
     if child == 0:
-        _do(path, task, data, argument, threads)
-    end = None if limit is None else time.monotonic() + limit
+        _do(folder, task, data, warm)
+    (folder / "fork").write_text(str(child))
+    end = math.inf
     with _no_orphans(child):
         found, status = os.waitpid(child, os.WNOHANG)
         while not found:
-            if end is not None and time.monotonic() > end:
-                os.kill(child, signal.SIGKILL)
+            if limit is not None and end == math.inf and started.exists():
+                end = time.monotonic() + limit
+            if time.monotonic() > end:
+                _end(child)
                 os.waitpid(child, 0)
-                return None, f"stopped after {limit:g} s (time_limit)", math.nan
-            time.sleep(_PULSE)
+                (folder / "fork").unlink()
+                return "", (None, f"stopped after {limit:g} s (time_limit)", math.nan)
+            # Readable before the task is done: the caller is gone.
+            if select.select([0], [], [], _PULSE)[0]:
+                raise SystemExit
             found, status = os.waitpid(child, os.WNOHANG)
+    _end(child)
+    (folder / "fork").unlink()
     if os.WIFSIGNALED(status):
         hint = ": out of memory?" if os.WTERMSIG(status) == signal.SIGKILL else ""
-        return None, f"its process was ended by signal {os.WTERMSIG(status)}{hint}", math.nan
+        return "", (None, f"its process was ended by signal {os.WTERMSIG(status)}{hint}", math.nan)
     if not path.exists():
-        return None, f"its process ended with status {os.WEXITSTATUS(status)}", math.nan
+        return "", (None, f"its process ended with status {os.WEXITSTATUS(status)}", math.nan)
     message = pickle.loads(path.read_bytes())
     path.unlink()
     return message
 
 
-def _do(path: Path, task: Any, data: Any, argument: Any, threads: int) -> NoReturn:
+def _do(folder: Path, task: Any, data: Any, warm: Callable[[], Any]) -> NoReturn:
     """The fork's whole life."""
     code = 1
     try:
-        torch.set_num_threads(threads)
+        # What the task starts is ended with it, and does not read what is meant for this process's parent.
+        os.setpgid(0, 0)
+        os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
+        # A fork has none of the libraries' pages in its memory until it uses them.
+        warm()
         before = _peak()
-        result, failure = attempt(task, data, argument)
-        _write(path, (result, failure, (_peak() - before) / _MEBIBYTE))
+        (folder / "started").touch()
+        try:
+            argument = pickle.loads((folder / "argument").read_bytes())
+        except Exception as error:
+            _write(folder / "result", (f"cannot be read in another process: {describe(error)}", None))
+        else:
+            result, failure = attempt(task, data, argument)
+            _write(folder / "result", ("", (result, failure, (_peak() - before) / _MEBIBYTE)))
         code = 0
     except BaseException:
         traceback.print_exc()
     finally:
+        for stream in (sys.stdout, sys.stderr):
+            with contextlib.suppress(Exception):
+                stream.flush()
         os._exit(code)
+
+
+def _end(child: int) -> None:
+    """Kill a fork and whatever it started."""
+    for kill in (os.killpg, os.kill):
+        with contextlib.suppress(ProcessLookupError, PermissionError):
+            kill(child, signal.SIGKILL)
 
 
 @contextlib.contextmanager
@@ -223,8 +277,7 @@ def _no_orphans(child: int) -> Iterator[None]:
     try:
         yield
     except BaseException:
-        with contextlib.suppress(ProcessLookupError):
-            os.kill(child, signal.SIGKILL)
+        _end(child)
         raise
 
 

@@ -269,7 +269,8 @@ _REGISTRY: dict[str, Callable[[nn.Module, Any, dict[str, Any]], Predictor]] = {
     "ensemble": _ensemble,
     "dropout": _baseline(baselines.MCDropout),
     "swag": _baseline(baselines.SWAG),
-    "prior-only": _baseline(baselines.PriorOnly),
+    # Its prior is that of the other rows: held-out data would choose another one.
+    "prior-only": _baseline(baselines.PriorOnly, ignores=("validation",)),
 }
 _ALIASES = {
     "point": "network", "map": "network", "networkalone": "network", "temperature": "network-validated",

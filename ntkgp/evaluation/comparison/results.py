@@ -6,9 +6,11 @@ import csv
 import io
 import json
 import math
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
+from textwrap import shorten
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -16,6 +18,7 @@ from torch import Tensor
 
 from ntkgp.evaluation import plots
 from ntkgp.evaluation.comparison.scores import LARGER_IS_BETTER, Predicted
+from ntkgp.evaluation.comparison.tables import Table
 from ntkgp.evaluation.ranks import critical_difference_diagram, rank_test
 
 if TYPE_CHECKING:
@@ -31,6 +34,9 @@ _TITLES = {
     "accuracy": "accuracy", "ece": "ECE", "adaptive_ece": "adaptive ECE", "brier": "Brier", "aurc": "AURC",
     "calibrated_nll": "NLL, temp.", "seconds": "seconds", "memory": "MB",
 }  # fmt: skip
+
+
+_WIDEST = 72
 
 
 @dataclass(frozen=True)
@@ -81,63 +87,6 @@ class Row:
         return cls(**json.loads(text))
 
 
-class Table(Sequence[dict[str, Any]]):
-    """Rows of strings under titles, in the format that is asked for; ``print`` gives plain text.
-
-    :param titles: of the columns.
-    :param cells: rows of texts.
-    :param values: the same rows as dicts of numbers: what indexing gives.
-    """
-
-    def __init__(self, titles: Sequence[str], cells: Sequence[Sequence[str]], values: Sequence[dict[str, Any]]) -> None:
-        self.titles, self.cells, self._values = list(titles), [list(row) for row in cells], list(values)
-
-    def __len__(self) -> int:
-        return len(self._values)
-
-    def __getitem__(self, index: Any) -> Any:
-        return self._values[index]
-
-    def __iter__(self) -> Iterator[dict[str, Any]]:
-        return iter(self._values)
-
-    def __str__(self) -> str:
-        return self.to_text()
-
-    def __repr__(self) -> str:
-        return self.to_text()
-
-    def _repr_markdown_(self) -> str:
-        return self.to_markdown()
-
-    def to_text(self) -> str:
-        """Columns of fixed width, for a terminal."""
-        lines = [self.titles, *self.cells]
-        widths = [max(text_width(line[i]) for line in lines) for i in range(len(self.titles))]
-        padded = [[pad(cell, width, left=not i) for i, (cell, width) in enumerate(zip(line, widths, strict=True))]
-                  for line in lines]  # fmt: skip
-        rows = ["  ".join(line).rstrip() for line in padded]
-        return "\n".join([rows[0], "  ".join("-" * width for width in widths), *rows[1:]])
-
-    def to_markdown(self) -> str:
-        """A table of GitHub's Markdown."""
-        lines = [self.titles, ["---"] + ["--:"] * (len(self.titles) - 1), *self.cells]
-        return "\n".join("| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |" for line in lines)
-
-    def to_latex(self) -> str:
-        r"""A ``tabular`` with booktabs' rules (``\usepackage{booktabs}``)."""
-        columns = "l" + "r" * (len(self.titles) - 1)
-        lines = [" & ".join(map(_latex, line)) + r" \\" for line in (self.titles, *self.cells)]
-        inner = [r"\toprule", lines[0], r"\midrule", *lines[1:], r"\bottomrule"]
-        return "\n".join([rf"\begin{{tabular}}{{{columns}}}", *inner, r"\end{tabular}"])
-
-    def to_csv(self) -> str:
-        """Comma-separated texts with a header."""
-        out = io.StringIO()
-        csv.writer(out, lineterminator="\n").writerows([self.titles, *self.cells])
-        return out.getvalue()
-
-
 class Comparison:
     """Rows of several methods, on one data set or on many.
 
@@ -157,13 +106,21 @@ class Comparison:
     def joined(cls, parts: Iterable[Comparison]) -> Comparison:
         """Comparisons of several data sets, or splits of them, as one: ``data`` before a ``/`` names the set.
 
-        :raises ValueError: nothing to join, or comparisons of different kinds.
+        :raises ValueError: nothing to join, comparisons of different kinds, or two of the same method and data.
         """
         found = list(parts)
         kinds = {part.kind for part in found}
         if len(kinds) != 1:
             raise ValueError(f"parts: expected comparisons of one kind, got {sorted(kinds) or 'none'}")
-        targets = {name: y for part in found for name, y in part.targets.items()}
+        count = Counter((row.method, row.data) for part in found for row in part.rows)
+        twice = [f"{method!r} on {data!r}" for (method, data), times in count.items() if times > 1]
+        if twice:
+            raise ValueError(f"parts: {', '.join(twice[:3])} more than once; give each comparison a name of its data")
+        targets: dict[str, Tensor] = {}
+        for name, y in (pair for part in found for pair in part.targets.items()):
+            if name in targets and not torch.equal(targets[name], y):
+                raise ValueError(f"parts: other test targets under the same name {name!r}")
+            targets[name] = y
         notes = [note for part in found for note in part.notes]
         return cls([row for part in found for row in part.rows], kinds.pop(), targets, notes)
 
@@ -204,21 +161,24 @@ class Comparison:
     def summary(self, column: str, method: str, data: str) -> tuple[float, float, int]:
         """Mean and standard error of a column over the splits of a set, and the number of splits with scores.
 
-        With one split the error is that over its test points.
+        With one split the error is that over its test points. Splits on which the method failed, or whose score is nan,
+        are left out: where the number is less than that of the set's splits, the mean is no mean of the set.
         """
         rows = [row for row in self.rows if row.method == method and _set(row.data) == data and not row.failure]
-        values = [row.value(column) for row in rows]
-        values = [value for value in values if not math.isnan(value)]
-        if not values:
+        rows = [row for row in rows if not math.isnan(row.value(column))]
+        if not rows:
             return math.nan, math.nan, 0
-        if len(values) == 1:
-            return values[0], rows[0].errors.get(column, math.nan), 1
-        tensor = torch.tensor(values, dtype=torch.float64)
-        return float(tensor.mean()), float(tensor.std() / math.sqrt(len(values))), len(values)
+        if len(rows) == 1:
+            return rows[0].value(column), rows[0].errors.get(column, math.nan), 1
+        tensor = torch.tensor([row.value(column) for row in rows], dtype=torch.float64)
+        return float(tensor.mean()), float(tensor.std() / math.sqrt(len(rows))), len(rows)
 
     @property
     def table(self) -> Table:
-        """The usual columns; best scores are marked with ``*``, those within one standard error of them with ``°``."""
+        """The usual columns; best scores are marked with ``*``, those within one standard error of them with ``°``.
+
+        A mean over fewer splits than the set has says of how many, and has no mark.
+        """
         return self.table_of()
 
     def table_of(self, columns: Sequence[str] | None = None) -> Table:
@@ -227,15 +187,16 @@ class Comparison:
         several = len(self.datasets) > 1 or any(self.datasets)
         cells, values = [], []
         for data in self.datasets:
+            splits = self._splits(data)
             best = {name: self._best(name, data) for name in names}
             for method in self.methods:
                 found = {name: self.summary(name, method, data) for name in names}
                 if not any(row.method == method and _set(row.data) == data for row in self.rows):
                     continue
-                texts = [_cell(name, *found[name], best[name]) for name in names]
+                texts = [_cell(name, *found[name], splits, best[name]) for name in names]
                 failure = self._failure(method, data)
                 if failure and not any(count for _, _, count in found.values()):
-                    texts = ["failed: " + failure] + [""] * (len(names) - 1)
+                    texts = [shorten("failed: " + failure, _WIDEST, placeholder=" …")] + [""] * (len(names) - 1)
                 cells.append([method, *([data] if several else []), *texts])
                 values.append({"method": method, "data": data, "failure": failure}
                               | {name: found[name][0] for name in names}
@@ -269,22 +230,38 @@ class Comparison:
         return self.table.to_latex()
 
     def rank_test(self, column: str = "nll") -> Any:
-        """Friedman's test over the data sets, see :func:`~ntkgp.evaluation.ranks.rank_test`; a failure ranks last.
+        """Friedman's test over the data sets, see :func:`~ntkgp.evaluation.ranks.rank_test`.
 
-        :raises ValueError: fewer than two data sets or methods.
+        A method that failed on a split of a set, or has no score there, ranks last on that set; one that was not asked
+        on all sets is left out.
+
+        :raises ValueError: fewer than two data sets, or than two methods that were asked on all of them.
         """
+        methods = self._ranked()
+        if len(methods) < 2 or len(self.datasets) < 2:
+            raise ValueError(
+                f"rows: expected two or more data sets and methods on all of them, got {len(self.datasets)} sets and "
+                f"methods {', '.join(methods) or 'none'}"
+            )
         worst = -math.inf if column in LARGER_IS_BETTER else math.inf
-        means = [[self.summary(column, method, data)[0] for method in self.methods] for data in self.datasets]
-        scores = torch.tensor(means, dtype=torch.float64).nan_to_num(nan=worst)
-        return rank_test(scores, self.methods, larger_is_better=column in LARGER_IS_BETTER)
+        # An infinite score is better than none.
+        largest = torch.finfo(torch.float64).max
+        means = [[self._whole(column, method, data)[0] for method in methods] for data in self.datasets]
+        scores = torch.tensor(means, dtype=torch.float64).nan_to_num(nan=worst, posinf=largest, neginf=-largest)
+        return rank_test(scores, methods, larger_is_better=column in LARGER_IS_BETTER)
 
     def plot(self, columns: Sequence[str] | None = None) -> Figure:
         """Panels of scores with standard errors; with one data set the curves of calibration, with several the
         critical-difference diagram of the NLL.
 
         :raises ImportError: matplotlib is not installed.
+        :raises ValueError: no scores of these columns.
         """
-        return _figure(self, list(columns or [c for c in SHOWN[self.kind][:4] if self._has(c)]))
+        names = list(columns or SHOWN[self.kind][:4])
+        shown = [name for name in names if name in ("seconds", "memory") or self._has(name)]
+        if not shown or (columns and len(shown) < len(names)):
+            raise ValueError(f"columns: expected scores that some method has, got none of {', '.join(names)}")
+        return _figure(self, shown)
 
     def plot_calibration(
         self, data: str | None = None, *, colors: Mapping[str, str] | None = None, ax: Any = None
@@ -299,10 +276,12 @@ class Comparison:
         """
         rows = [row for row in self.rows if row.predicted is not None and row.data in self.targets]
         name = rows[0].data if data is None and rows else data
-        kept = {row.method: row.predicted for row in rows if row.data == name and row.predicted is not None}
+        kept = {r.method: r.predicted for r in rows if r.data == name and r.predicted is not None and _drawable(r)}
         if not kept:
             raise ValueError(f"data: no predictions of {name!r} are kept")
         target = self.targets[str(name)]
+        if colors is None and len(kept) > len(plots.COLORS):
+            colors = _many_colors(list(kept))
         if self.kind == "classification":
             classes = {method: p.probabilities for method, p in kept.items() if p.probabilities is not None}
             return plots.reliability_diagram(classes, target, colors=colors, ax=ax)
@@ -325,11 +304,24 @@ class Comparison:
     def _failure(self, method: str, data: str) -> str:
         return next((why for (m, d), why in self.failures.items() if m == method and _set(d) == data), "")
 
+    def _splits(self, data: str) -> int:
+        return len({row.data for row in self.rows if _set(row.data) == data})
+
+    def _whole(self, column: str, method: str, data: str) -> tuple[float, float]:
+        """Mean and standard error over all splits of a set; nan where one is missing."""
+        mean, error, count = self.summary(column, method, data)
+        return (mean, error) if count == self._splits(data) else (math.nan, math.nan)
+
+    def _ranked(self) -> list[str]:
+        """Methods that were asked on all sets."""
+        asked = {(row.method, _set(row.data)) for row in self.rows}
+        return [method for method in self.methods if all((method, data) in asked for data in self.datasets)]
+
     def _best(self, column: str, data: str) -> tuple[float, float] | None:
         """The best mean of a score and its standard error; None for what is no score of quality."""
         if column in ("seconds", "memory", "coverage", "width"):
             return None
-        found = [self.summary(column, method, data)[:2] for method in self.methods]
+        found = [self._whole(column, method, data) for method in self.methods]
         found = [pair for pair in found if math.isfinite(pair[0])]
         if len(found) < 2:
             return None
@@ -349,11 +341,20 @@ def _parsed(line: Mapping[str, str]) -> Row:
     return Row(line["method"], line["data"], scores, errors, seconds, predicting, memory, line["failure"])
 
 
+_MARKERS = ("o", "s", "^", "D")
+
+
 def _set(data: str) -> str:
     return data.split("/", 1)[0]
 
 
-def _cell(column: str, mean: float, error: float, count: int, best: tuple[float, float] | None) -> str:
+def _drawable(row: Row) -> bool:
+    """Whether its predictions are numbers."""
+    parts = vars(row.predicted).values()
+    return all(bool(torch.isfinite(part).all()) for part in parts if part is not None)
+
+
+def _cell(column: str, mean: float, error: float, count: int, splits: int, best: tuple[float, float] | None) -> str:
     if not count:
         return "–"
     if column in ("seconds", "memory"):
@@ -363,7 +364,9 @@ def _cell(column: str, mean: float, error: float, count: int, best: tuple[float,
         text = f"{mean:.3f}"
     if math.isfinite(error):
         text += f" ± {error:.3f}"
-    if best is not None:
+    if count < splits:
+        return text + f" ({count} of {splits})"
+    if best is not None and math.isfinite(mean):
         distance = best[0] - mean if column in LARGER_IS_BETTER else mean - best[0]
         text += "*" if distance <= 0 else "°" if distance <= best[1] else ""
     return text
@@ -373,37 +376,29 @@ def _number(value: float | None) -> str:
     return "" if value is None or math.isnan(value) else repr(float(value))
 
 
-def _latex(text: str) -> str:
-    for symbol in "&%_#$":
-        text = text.replace(symbol, "\\" + symbol)
-    for symbol, command in (("±", r"$\pm$"), ("°", r"$^\circ$"), ("λ", r"$\lambda$"), ("θ⋆", r"$\theta_\star$")):
-        text = text.replace(symbol, command)
-    return text.replace("θ̃", r"$\tilde\theta$").replace("–", "--")
+def _many_colors(methods: Sequence[str]) -> dict[str, str]:
+    """More colours than the usual ones, each once as far as they go."""
+    from matplotlib import colormaps
+    from matplotlib.colors import to_hex
 
-
-def text_width(text: str) -> int:
-    """Columns that a text takes in a terminal: combining marks take none."""
-    return sum(not "\u0300" <= letter <= "\u036f" for letter in text)
-
-
-def pad(text: str, width: int, left: bool) -> str:
-    """Filled up with spaces behind the text, or before it."""
-    space = " " * (width - text_width(text))
-    return text + space if left else space + text
+    return {method: to_hex(colormaps["tab20"](index % 20)) for index, method in enumerate(methods)}
 
 
 def _figure(found: Comparison, columns: list[str]) -> Figure:
-    curves = len(found.datasets) == 1 and any(r.predicted is not None and r.data in found.targets for r in found.rows)
-    ranked = len(found.datasets) > 1 and len(found.methods) > 1
+    kept = [row for row in found.rows if row.predicted is not None and row.data in found.targets]
+    curves = len(found.datasets) == 1 and any(row.data == kept[0].data and _drawable(row) for row in kept)
+    ranked = len(found.datasets) > 1 and len(found._ranked()) > 1 and found._has("nll")
     panels = len(columns) + curves + ranked
     across = min(panels, 3)
     down = math.ceil(panels / across)
-    height = max(3.3, 0.3 * len(found.methods) * len(found.datasets) + 1)
+    height = max(3.3, max(0.3, 0.08 * len(found.datasets)) * len(found.methods) + 1)
     figure, axes = plots.new_figure(down, across, (4.8 * across, height * down))
     for ax, column in zip(axes, columns, strict=False):
         _score_panel(found, column, ax)
     if curves:
-        found.plot_calibration(ax=axes[len(columns)])
+        ax = found.plot_calibration(ax=axes[len(columns)])
+        if len(found.methods) > len(plots.COLORS):  # beside the curves
+            ax.legend(loc="upper left", bbox_to_anchor=(1.0, 1.0), frameon=False, fontsize=8)
     if ranked:
         critical_difference_diagram(found.rank_test(), ax=axes[len(columns)])
     for ax in axes[panels:]:
@@ -422,7 +417,8 @@ def _score_panel(found: Comparison, column: str, ax: Any) -> None:
             values, heights, errors = zip(*shown, strict=True)
             bars = [error if math.isfinite(error) else 0.0 for error in errors]
             color = plots.COLORS[index % len(plots.COLORS)]
-            ax.errorbar(values, heights, xerr=bars, fmt="o", ms=4, capsize=2, lw=1, color=color, label=data)
+            marker = _MARKERS[index // len(plots.COLORS) % len(_MARKERS)]
+            ax.errorbar(values, heights, xerr=bars, fmt=marker, ms=4, capsize=2, lw=1, color=color, label=data)
     ax.set_yticks(range(len(methods)), methods)
     ax.set_ylim(len(methods) - 0.5, -0.5)
     ax.set_title(_TITLES.get(column, column), loc="left", fontsize=10)

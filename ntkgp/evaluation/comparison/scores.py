@@ -72,12 +72,24 @@ def collect(found: Distribution, y: Tensor | None = None, scale: Scale | None = 
     """
     Moments or probabilities of a predictive distribution, in float64 on the CPU.
 
-    :param found: ``Normal`` (N,), ``MultivariateNormal`` (N, C), ``Categorical`` (N, C) or ``Bernoulli`` (N,).
+    :param found: ``Normal`` (N,) or, for outputs without correlations, (N, C); ``MultivariateNormal`` (N, C),
+        ``Categorical`` (N, C) or ``Bernoulli`` (N,).
     :param y: test targets in the units of `found`.
     :param scale: original units.
     :raises TypeError: another distribution.
+    :raises ValueError: one distribution of all inputs together, or of other inputs than the targets.
     """
+    if isinstance(found, MultivariateNormal) and len(found.batch_shape) != 1:
+        raise ValueError(
+            f"predict: expected a distribution of the outputs at each input, batch shape (N,), got one of shape "
+            f"{tuple(found.batch_shape)} over {tuple(found.event_shape)}"
+        )
     latent = _latent_variance(getattr(found, "latent", None))
+    if isinstance(found, Bernoulli | Categorical):
+        rows = found.batch_shape if isinstance(found, Categorical) else found.probs.flatten().shape
+        if len(rows) != 1 or (y is not None and len(y) != rows[0]):
+            shape = "labels" if y is None else f"{len(y)} labels"
+            raise ValueError(f"predict: expected a distribution of {shape}, got batch shape {tuple(found.batch_shape)}")
     if isinstance(found, Bernoulli):
         p = _numbers(found.probs).flatten()
         return Predicted(probabilities=torch.stack([1 - p, p], -1), latent=latent)
@@ -88,13 +100,16 @@ def collect(found: Distribution, y: Tensor | None = None, scale: Scale | None = 
             f"predict: expected Normal, MultivariateNormal, Categorical or Bernoulli over y, got {type(found).__name__}"
         )
     scale = scale or Scale()
-    mean, variance = (_numbers(part).reshape(len(found.mean), -1) for part in (found.mean, found.variance))
+    mean, deviation = (_numbers(part).reshape(len(found.mean), -1) for part in (found.mean, found.stddev))
+    # In float32 the square of a small standard deviation is zero.
+    variance = deviation.square().clamp_min(_SMALLEST)
     density = None
     if y is not None and found.mean.numel() != y.numel():
         raise ValueError(f"predict: expected a mean of {y.numel()} numbers, got shape {tuple(found.mean.shape)}")
     if y is not None:
         target = y.to(found.mean.device, found.mean.dtype).reshape(found.mean.shape)
-        density = _numbers(found.log_prob(target)) - scale.std.log().expand(mean.shape[-1]).sum()
+        joint = _numbers(found.log_prob(target)).reshape(len(mean), -1).sum(-1)
+        density = joint - scale.std.log().expand(mean.shape[-1]).sum()
     return Predicted(mean * scale.std + scale.mean, variance * scale.std**2, latent=latent, log_density=density)
 
 
@@ -123,7 +138,6 @@ def _regression(found: Predicted, y: Tensor, scale: Scale) -> Iterator[tuple[str
     yield "nll", _mean(-density / mean.shape[-1])
     squares, error = _mean((mean - target).square().mean(-1))
     yield "rmse", (math.sqrt(squares), error / max(2 * math.sqrt(squares), _SMALLEST))
-    variance = variance.clamp_min(_SMALLEST)
     points = torch.stack([gaussian_crps(*row) for row in zip(mean, variance, target, strict=True)])
     yield "crps", _mean(points)
     yield "cqm", (float(metrics.centered_quantile_metric(mean, variance, target)), math.nan)
@@ -136,6 +150,8 @@ def _classification(found: Predicted, y: Tensor) -> Iterator[tuple[str, tuple[fl
     p = found.probabilities
     assert p is not None
     labels = y.flatten().to("cpu", torch.long)
+    if int(labels.max()) >= p.shape[-1]:
+        raise ValueError(f"predict: expected a probability of label {int(labels.max())}, got {p.shape[-1]} classes")
     picked = p.gather(-1, labels.unsqueeze(-1)).squeeze(-1)
     yield "nll", _mean(-picked.clamp_min(torch.finfo(p.dtype).tiny).log())
     right = (p.argmax(-1) == labels).double()
