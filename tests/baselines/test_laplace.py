@@ -14,6 +14,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 import ntkgp
 from ntkgp.baselines.laplace import Laplace
+from ntkgp.baselines.laplace.structures import factor_with_identity
 from tests import reference
 
 DOUBLE = torch.float64
@@ -466,3 +467,24 @@ def test_bad_options_are_named() -> None:
             Laplace(sample.net, **options).fit((sample.x, sample.y))
     with pytest.raises(RuntimeError, match="fit"):
         Laplace(sample.net).curvature  # noqa: B018
+
+
+@pytest.mark.parametrize("shape", [(), (2,)])
+def test_curvature_beyond_the_precision_of_its_identity_has_a_factor(shape: tuple[int, ...]) -> None:
+    """Nearly noise-free data: rounding of H/σ² outweighs the prior and makes it indefinite."""
+    with reference.seeded(0) as generator:
+        rows = torch.randn(*shape, 5, 12, generator=generator, dtype=torch.float64)
+    small = rows.mT @ rows
+    exact = torch.eye(12, dtype=torch.float64) + small
+    torch.testing.assert_close(factor_with_identity(small), torch.linalg.cholesky(exact))
+    large = 1e20 * small
+    large = large - 1e4 * torch.eye(12, dtype=torch.float64)  # what rounding of that size may do
+    assert bool((torch.linalg.cholesky_ex(large + torch.eye(12)).info != 0).any())
+    factor = factor_with_identity(large)
+    assert torch.equal(factor, factor.tril())
+    # The five directions that the data see; the others keep the prior, up to the rounding of the eigenvalues.
+    assert bool((factor.diagonal(dim1=-2, dim2=-1) > 0).all())
+    expected = torch.linalg.eigvalsh(1e20 * rows @ rows.mT).log().sum(-1)
+    found = 2 * factor.diagonal(dim1=-2, dim2=-1).log().sum(-1)
+    assert bool((found >= expected * (1 - 1e-9)).all())
+    assert bool((found <= expected + 7 * math.log(1e6)).all())

@@ -96,3 +96,21 @@ def test_proposition_3_on_a_layernorm_network(k):
         predictions.append((posterior.mean.detach(), posterior.covariance_matrix.detach()))
     for before, after in zip(*predictions, strict=True):
         assert float((after - before).abs().max()) <= 1e-6 * float(before.abs().max())
+
+
+def test_a_network_that_fits_worse_than_its_tangent_model_is_reported() -> None:
+    x = torch.linspace(-1, 1, 60, dtype=torch.float64).unsqueeze(-1)
+    y = torch.sin(3 * x) + 0.05 * dense.randn(dense.generator(3), 60, 1)
+    net = nn.Sequential(nn.Linear(1, 20), nn.Tanh(), nn.Linear(20, 1)).double()  # untrained
+    report = ntkgp.from_network(net, (x, y)).report
+    ratio = float(report.residual_noise / report.noise)
+    assert ratio > 1.5
+    assert any(f"training error is {ratio:.2g} times the noise" in text for text in report.warnings)
+    optimizer = torch.optim.Adam(net.parameters(), lr=0.02)
+    for _ in range(1500):
+        optimizer.zero_grad()
+        (net(x) - y).square().mean().backward()
+        optimizer.step()
+    report = ntkgp.from_network(net, (x, y)).report
+    assert float(report.residual_noise / report.noise) < 1.5
+    assert not any("training error" in text for text in report.warnings)

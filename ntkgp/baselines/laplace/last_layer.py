@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from ntkgp.baselines.laplace.capture import Capture, owners, places
-from ntkgp.baselines.laplace.structures import Structure, draw
+from ntkgp.baselines.laplace.structures import Structure, draw, factor_with_identity
 from ntkgp.baselines.laplace.tangent import HeadView, Tangent, curvature
 from ntkgp.linearization import LinearizedNetwork
 
@@ -102,8 +102,7 @@ class LastLayer(Structure):
         self._scale = self.precision.rsqrt().reshape(blocks, -1)
         curvatures = self.moments * self.weights.reshape(-1, 1, 1)
         self._scaled = curvatures * self._scale.unsqueeze(-1) * self._scale.unsqueeze(-2)
-        eye = torch.eye(self._scaled.shape[-1], dtype=torch.float64)
-        self._factor = torch.linalg.cholesky(self._scaled + eye)
+        self._factor = factor_with_identity(self._scaled)
 
     def logdet(self) -> float:
         """The log-determinant of I + Λ⁻¹H."""

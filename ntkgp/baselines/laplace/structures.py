@@ -13,6 +13,22 @@ from ntkgp.linearization.memory import format_memory
 from ntkgp.linearization.statistics import jacobian_rows, rows_at_a_time
 
 
+def factor_with_identity(matrices: Tensor) -> Tensor:
+    """Cholesky factors of I + A, for positive semidefinite A (..., n, n) up to rounding.
+
+    Where A is larger than 1/ε its rounding outweighs the identity and may leave negative eigenvalues: these count as
+    zero, and the factor comes from the QR decomposition of a root of A above the identity, which adds nothing up.
+    """
+    eye = torch.eye(matrices.shape[-1], dtype=matrices.dtype, device=matrices.device)
+    factor, info = torch.linalg.cholesky_ex(matrices + eye)
+    if not bool((info != 0).any()):
+        return factor
+    values, vectors = torch.linalg.eigh((matrices + matrices.mT) / 2)
+    root = values.clamp_min(0).sqrt().unsqueeze(-1) * vectors.mT
+    upper = torch.linalg.qr(torch.cat([root, eye.expand_as(root)], -2)).R
+    return (upper * upper.diagonal(dim1=-2, dim2=-1).sign().unsqueeze(-1)).mT
+
+
 class Structure(ABC):
     r"""An approximation of the curvature :math:`H = \sum_k w_k H_k` with the posterior precision :math:`H + \Lambda`.
 
@@ -136,7 +152,7 @@ class Primal(Structure):
         curvature = torch.einsum("k,kij->ij", self.weights, self.moments)
         scaled = curvature * self._scale * self._scale.unsqueeze(-1)
         self._scaled = scaled
-        self._factor = torch.linalg.cholesky(scaled + torch.eye(len(scaled), dtype=torch.float64))
+        self._factor = factor_with_identity(scaled)
 
     def logdet(self) -> float:
         """The log-determinant of I + Λ⁻¹H."""
@@ -208,7 +224,7 @@ class Dual(Structure):
         kernel = torch.einsum("g,gij->ij", self._variance, self.grams)
         inner = self._whiten(self._whiten(kernel).T)
         inner = (inner + inner.T) / 2
-        self._factor = torch.linalg.cholesky(inner + torch.eye(len(inner), dtype=torch.float64))
+        self._factor = factor_with_identity(inner)
 
     def logdet(self) -> float:
         """The log-determinant of I + SᵀKS."""
