@@ -27,6 +27,9 @@ def main() -> None:
         for cell in notebook.cells:
             # Times of execution would make every build a change.
             cell.metadata.pop("execution", None)
+            # Warnings name folders of the machine that built it.
+            outputs = cell.get("outputs", [])
+            outputs[:] = [output for output in outputs if output.get("name") != "stderr"]
         nbformat.write(notebook, source.with_suffix(".ipynb"))
         print(f"{source.with_suffix('.ipynb').name}: {time.perf_counter() - start:.0f} s")
 
