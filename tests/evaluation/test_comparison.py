@@ -755,3 +755,10 @@ def test_an_array_alone_is_no_data(tmp_path) -> None:
         numpy.save(file, numpy.ones(3))
     with pytest.raises(CommandError, match=r"is not an \.npz file"):
         load_data(tmp_path / "x.npz", "auto", torch.float32)
+
+
+def test_strides_do_not_change_a_fingerprint() -> None:
+    wide = torch.arange(8, dtype=torch.float64)
+    assert fingerprint(wide[::4][:1]) == fingerprint(torch.zeros(1, dtype=torch.float64))
+    assert fingerprint(wide[::2]) == fingerprint(torch.tensor([0.0, 2.0, 4.0, 6.0], dtype=torch.float64))
+    assert fingerprint(wide.reshape(2, 4).T) == fingerprint(wide.reshape(2, 4).T.contiguous())

@@ -176,9 +176,12 @@ def _hash(*parts: str | bytes) -> bytes:
 
 def _bytes(value: Tensor) -> numpy.ndarray:
     """(N, bytes of a row)."""
-    plain = value.detach().to("cpu").to_dense().resolve_conj().resolve_neg().contiguous()
-    rows = len(plain) if plain.ndim else 1
-    return plain.reshape(-1).view(torch.uint8).numpy().reshape(rows, -1) if plain.numel() else numpy.zeros((rows, 0))
+    rows = len(value) if value.ndim else 1
+    if not value.numel():
+        return numpy.zeros((rows, 0))
+    plain = value.detach().to("cpu").to_dense().resolve_conj().resolve_neg().reshape(-1)
+    # One number counts as contiguous whatever its stride, which a view as bytes minds.
+    return plain.clone(memory_format=torch.contiguous_format).view(torch.uint8).numpy().reshape(rows, -1)
 
 
 def _tensor(value: Tensor) -> Iterator[str | bytes]:
