@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -11,6 +12,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from ntkgp.checkpoint import Checkpoint, running
 from ntkgp.evidence.ascent import PRUNED_DIMENSION, Optimum
 from ntkgp.evidence.factory import evidence_objective
 from ntkgp.evidence.fixed_point import fixed_point
@@ -18,12 +20,14 @@ from ntkgp.evidence.gradient import lbfgs
 from ntkgp.evidence.hyperprior import HyperPrior, PenalisedObjective
 from ntkgp.evidence.objective import EvidenceObjective, MapObjective
 from ntkgp.evidence.problem import AnyProblem, GaussianEvidence, SoftmaxEvidence
+from ntkgp.evidence.recorded import Answers, RecordedObjective, problem_identity
 from ntkgp.evidence.report import EvidenceReport
 
 _METHODS: dict[str, Callable[..., Optimum]] = {"mackay": fixed_point, "lbfgs": lbfgs}
 _OUTER_STEPS = 50
 _OUTER_TOLERANCE = 1e-7
 _OVERFITTED = 0.9
+_UNDERFITTED = 1.5  # of the network's mean squared training error to the noise
 _STORED_TOLERANCE = 1e-4
 
 
@@ -57,6 +61,7 @@ def fit_evidence(
     progress: bool = False,
     bounds: tuple[float, float] = (1e-10, 1e10),
     prior: HyperPrior | None = None,
+    checkpoint: Checkpoint | str | os.PathLike[str] | None = None,
 ) -> EvidenceReport:
     r"""Fit all group precisions and the noise of a model by maximising its evidence, and store them in the model.
 
@@ -86,8 +91,12 @@ def fit_evidence(
     :param prior: a hyper-prior, an object with ``log_density(log_precision)``: (G,) -> a scalar, differentiable. Its
         log-density is added to the evidence that is maximised; `report.log_evidence` stays that of the data alone,
         `report.log_prior` is the other term, `report.trace` their sum.
+    :param checkpoint: a folder, or a :class:`~ntkgp.checkpoint.Checkpoint`: a call that was killed is repeated with the
+        same arguments and goes on where it stood, to the very same result. Kept are all evaluations, a few numbers
+        each, and the last theta_star of a classification.
     :returns: the report.
     :raises ValueError: for unknown or inconsistent arguments.
+    :raises CheckpointMismatch: a checkpoint of another network, other data or other arguments.
 
     Cost: for one group a single eigendecomposition and O(N C) per evaluation; otherwise (N C)^3 + O(G (N C)^2) per
     evaluation (typically 10-50), memory 4 (N C)^2 besides the Grams; classification adds one or two Cholesky
@@ -113,7 +122,8 @@ def fit_evidence(
         raise ValueError(f"curvature={curvature!r} applies to classification; a Gaussian likelihood has one curvature")
     if prior is not None and not isinstance(prior, HyperPrior):
         raise TypeError(f"prior: expected an object with log_density(log_precision), got {type(prior).__name__}")
-    fit = _maximise(problem, method, at, max_evaluations, tolerance, progress, bounds, prior)
+    kept = checkpoint, model, targets
+    fit = _maximise(problem, method, at, max_evaluations, tolerance, progress, bounds, prior, kept)
     precision, noise = fit.objective.split(fit.optimum.x)
     stored = model.set_hyperparameters(precision, noise if noise.numel() else None)
     fit, extra = _as_stored(fit, stored)
@@ -181,14 +191,33 @@ def _maximise(
     progress: bool,
     bounds: tuple[float, float],
     prior: HyperPrior | None = None,
+    kept: tuple[Checkpoint | str | os.PathLike[str] | None, Any, str] = (None, None, "data"),
 ) -> _Fit:
-    """Run the optimiser, with the outer loop of the curvature where it is not frozen."""
+    """Run the optimiser; `kept`: the checkpoint, and what else its run is known by: model and kind of targets."""
     optimise = _METHODS[method]
     objective: Any = evidence_objective(problem, at, bounds)
     if prior is not None:
         objective = PenalisedObjective(objective, prior)
         if math.isinf(objective.log_prior(objective.start())[0]):
             raise ValueError("prior: has no density at the start of the search, where all groups share the variance")
+    checkpoint, model, targets = kept
+    options = {
+        "method": method, "at": at, "tolerance": tolerance, "bounds": list(bounds),
+        "curvature": getattr(problem, "variant", None), "targets": targets,
+    }  # fmt: skip
+    with running(checkpoint, lambda: problem_identity(model, problem, objective, options)) as run:
+        if run.checkpoint is None:
+            return _optimised(objective, optimise, max_evaluations, tolerance, progress)
+        answers = Answers(run)
+        found = _optimised(RecordedObjective(objective, answers), optimise, max_evaluations, tolerance, progress)
+        answers.save()
+    return replace(found, objective=found.objective.objective)
+
+
+def _optimised(
+    objective: Any, optimise: Callable[..., Optimum], max_evaluations: int, tolerance: float, progress: bool
+) -> _Fit:
+    """One run of the optimiser, or the outer loop of a curvature that follows theta_star."""
     if objective.refreezes:
         return _maximise_full(objective, optimise, max_evaluations, tolerance, progress)
     return _Fit(objective, optimise(objective, tolerance=tolerance, max_evaluations=max_evaluations, progress=progress))
@@ -320,12 +349,26 @@ def _warnings(
     if used > _OVERFITTED * available:
         out.append(f"over-fitting: effective dimension {used:.1f} out of {available} that the data determine")
     out.extend(_shift_warning(problem, pruned, shift))
+    out.extend(_residual_warning(objective.residual_noise(), objective.split(x)[1]))
     if evaluation.gap > 1e-6:
         out.append(f"theta_star is only accurate to {evaluation.gap:.1e} in its optimality condition")
     if evaluation.jitter > 0:
         out.append(f"jitter {evaluation.jitter:.1e} was needed: the kernel matrix is numerically singular")
     out.extend(objective.data_warnings())
     return tuple(out)
+
+
+def _residual_warning(residual: Tensor | None, noise: Tensor) -> list[str]:
+    """Warn when the noise of the tangent model is not that of the network's own predictions."""
+    if residual is None or noise.numel() == 0:
+        return []
+    ratio = float((residual.to(noise) / noise).max())
+    if ratio <= _UNDERFITTED:
+        return []
+    return [
+        f"the network's training error is {ratio:.2g} times the noise, which is that of the tangent model: error bars "
+        "around mean='network' are too narrow, those around mean='posterior' fit"
+    ]
 
 
 def _shift_warning(problem: AnyProblem, pruned: Tensor, shift: tuple[float, Tensor] | None) -> list[str]:

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ntkgp.checkpoint import moved_to
 from ntkgp.evidence.objective import Evaluation, EvidenceObjective
 from ntkgp.evidence.primal import WeightSpaceProblem, objective_at
 from ntkgp.evidence.problem import NoiseModel
@@ -142,6 +143,18 @@ class PrimalSoftmaxObjective(_LogitObjective):
     def theta_star(self, x: Tensor) -> Tensor:
         """The mode in weight space, shape (P,)."""
         return self.primal_mode(x).theta
+
+    def warm_start(self) -> dict[str, Any] | None:
+        """What the next evaluation starts from, as tensors and plain values."""
+        return None if self._last is None else {"precision": self._last[0], "mode": dict(vars(self._last[1]))}
+
+    def set_warm_start(self, state: dict[str, Any] | None) -> None:
+        """Inverse of :meth:`warm_start`."""
+        if state is None:
+            self._last = None
+            return
+        moved = moved_to(state, self.problem.theta.device)
+        self._last = moved["precision"], PrimalMode(**moved["mode"])
 
     def __call__(self, x: Tensor) -> Evaluation:
         """Evaluate the evidence at x."""

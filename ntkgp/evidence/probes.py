@@ -85,6 +85,14 @@ class DualProbes:
         self.last: tuple[Tensor, Tensor] | None = None
         self.points: Tensor | None = None
 
+    def warm_start(self) -> dict[str, Any]:
+        """What the next step starts from."""
+        return {"last": self.last}
+
+    def set_warm_start(self, state: dict[str, Any]) -> None:
+        """Inverse of :meth:`warm_start`."""
+        self.last = state["last"]
+
     def traces(self) -> Tensor:
         """Tr K_g, shape (G,)."""
         return self.gram.traces()

@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import copy
 import math
+import os
 import time
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from gpytorch.likelihoods import Likelihood
 from torch import Tensor
 from tqdm import tqdm
 
+from ntkgp.checkpoint import Checkpoint, Run, moved_to, running
 from ntkgp.evidence.ascent import PRUNED_DIMENSION
 from ntkgp.evidence.probes import DualProbes, Expectation, Settings, push
 from ntkgp.evidence.problem import NoiseModel
@@ -21,6 +23,9 @@ from ntkgp.evidence.report import EvidenceReport
 from ntkgp.evidence.weight_probes import WeightProbes
 from ntkgp.linearization import LinearizedNetwork
 from ntkgp.linearization.memory import parse_memory
+
+if TYPE_CHECKING:
+    from ntkgp.models.batches import Batches
 
 _MEMORY = 5
 _LARGEST_STEP = 3.0
@@ -94,6 +99,7 @@ def sampled_evidence(
     bounds: bool = True,
     seed: int = 0,
     progress: bool = False,
+    checkpoint: Checkpoint | str | os.PathLike[str] | None = None,
 ) -> SampledEvidence:
     r"""Fit precisions and noise by MacKay's fixed point on posterior draws; no N·C × N·C or P × P matrix is formed.
 
@@ -125,6 +131,9 @@ def sampled_evidence(
     :param bounds: in data space, bound the log evidence at the end.
     :param seed: of all random numbers; the global generator is not used.
     :param progress: show a progress bar. An interrupt keeps the last completed step.
+    :param checkpoint: a folder, or a :class:`~ntkgp.checkpoint.Checkpoint`: a call that was killed is repeated with the
+        same arguments (`max_steps` may differ) and goes on with the step where it stood, to the very same result.
+    :raises CheckpointMismatch: a checkpoint of another network, other data or other arguments.
     :raises ValueError: unknown choices, fewer than two samples, or known noise variances in weight space.
 
     Cost: per step, S + 1 solves. A product is O(n²) or a backward and a forward pass over the data per vector ("dual":
@@ -168,14 +177,26 @@ def sampled_evidence(
         form = _cheaper_form(lin, total, noise, settings.max_memory)
     if form == "weights" and noise is not None and _known_rows(noise):
         raise ValueError("likelihood: known noise variances of single rows need form='dual'")
-    with torch.inference_mode(False), torch.no_grad():
+    options = {
+        "likelihood": [type(likelihood).__qualname__, likelihood.state_dict()], "form": form, "tolerance": tolerance,
+        "batch_size": batch_size, "groups": [list(lin.groups.names), lin.groups.index],
+        "noise": noise, **vars(settings),
+    }  # fmt: skip
+    with (
+        torch.inference_mode(False),
+        torch.no_grad(),
+        running(checkpoint, lambda: {"network": lin.theta, "data": batches.rows(), "configuration": options}) as run,
+    ):
+        if run.state is not None:
+            batches.set_random_state(run.state["first_pass"])
+        first_pass = batches.random_state()
         probes: DualProbes | WeightProbes
         if form == "dual":
             probes = DualProbes(lin, *batches.collect(), noise, settings)
         else:
             probes = WeightProbes(lin, batches, total, noise, settings)
         ascent = _Ascent(probes, lin, noise, total * lin.num_outputs, progress)
-        notes = ascent.run(tolerance, max_steps)
+        notes = ascent.run(tolerance, max_steps, run, batches, first_pass)
         errors, gamma_errors = ascent.errors()
         interval = None
         if bounds and isinstance(probes, DualProbes):
@@ -216,7 +237,10 @@ class _Ascent:
         self.found: Expectation | None = None
         self.steps = self.iterations = 0
         self.size = math.inf
-        self.solved = True
+        self.solved, self.done = True, False
+        # Where the next step is taken, the last change, its stretch, and the points behind Anderson's step.
+        self.next, self.last, self.stretch = self.y, torch.zeros_like(self.y), torch.ones_like(self.y)
+        self.history: list[tuple[Tensor, Tensor]] = []
 
     def _start(self) -> tuple[Tensor, Tensor, Tensor]:
         """Bounds and start of y: prior variance shared equally by the groups, the network's training error."""
@@ -256,38 +280,72 @@ class _Ascent:
         held = (y <= self.low) & (change < 0) | (y >= self.high) & (change > 0)
         return torch.where(held, 0.0, change).clamp(-_LARGEST_STEP, _LARGEST_STEP), found
 
-    def run(self, tolerance: float, max_steps: int) -> tuple[str, ...]:
+    def run(
+        self, tolerance: float, max_steps: int, run: Run, batches: Batches, first_pass: dict[str, Tensor]
+    ) -> tuple[str, ...]:
         """Iterate; return notes on what ended the run early."""
-        history: list[tuple[Tensor, Tensor]] = []
-        y, last, stretch = self.y, torch.zeros_like(self.y), torch.ones_like(self.y)
+        if run.state is not None:
+            self._resume(run.state, batches)
+
+        def state() -> dict[str, Any]:
+            return {**self._state(), "first_pass": first_pass, "passes": batches.random_state()}
+
         try:
-            for _ in range(max_steps):
-                change, found = self.step(y)
-                # Without effect on the data a group's logarithm means nothing.
-                size = float((change.abs() * found.traces.mean(-1).maximum(found.quadratics).clamp(0.0, 1.0)).max())
-                self.steps += 1
-                self.bar.update()
-                self.bar.set_postfix_str(f"largest change {size:.1e}")
-                if size > 2.0 * self.size:
-                    history = []
-                self.y, self.found, self.size, self.solved = y, found, size, found.converged
-                if size <= tolerance:
-                    return ()
-                # A variance without an optimum runs away by equal steps, which would take very many.
-                steady = (change * last > 0) & (change.abs() > _STEADY * last.abs()) & (change.abs() > _FADING)
-                stretch, last = torch.where(steady, 2.0 * stretch, 1.0), change
-                stretched = (stretch * change).clamp(-_LARGEST_STEP, _LARGEST_STEP)
-                history = [*history[-_MEMORY:], (y, change)]
-                y = (y + torch.where(stretch > 2.0, stretched, _accelerated(history))).clamp(self.low, self.high)
-                fading = (found.traces.mean(-1)[: self.groups] < _FADING) & (change[: self.groups] < 0)
-                y[: self.groups] = torch.where(fading, self.low[: self.groups], y[: self.groups])
+            while not self.done and self.steps < max_steps:
+                self._advance(tolerance)
+                run.offer(state)
         except KeyboardInterrupt:
             if self.found is None:
                 raise
             return ("interrupted: the last completed step is reported",)
         finally:
             self.bar.close()
+        # Standard errors are made by steps that must not be lost, and start from here.
+        run.save(state())
+        if self.done:
+            return ()
         return (f"not converged: the last of max_steps={max_steps} steps still changed a logarithm by {self.size:.1e}",)
+
+    def _advance(self, tolerance: float) -> None:
+        """One step, and where to go from there."""
+        y = self.next
+        change, found = self.step(y)
+        # Without effect on the data a group's logarithm means nothing.
+        size = float((change.abs() * found.traces.mean(-1).maximum(found.quadratics).clamp(0.0, 1.0)).max())
+        self.steps += 1
+        self.bar.update()
+        self.bar.set_postfix_str(f"largest change {size:.1e}")
+        if size > 2.0 * self.size:
+            self.history = []
+        self.y, self.found, self.size, self.solved = y, found, size, found.converged
+        self.done = size <= tolerance
+        if self.done:
+            return
+        # A variance without an optimum runs away by equal steps, which would take very many.
+        steady = (change * self.last > 0) & (change.abs() > _STEADY * self.last.abs()) & (change.abs() > _FADING)
+        self.stretch, self.last = torch.where(steady, 2.0 * self.stretch, 1.0), change
+        stretched = (self.stretch * change).clamp(-_LARGEST_STEP, _LARGEST_STEP)
+        self.history = [*self.history[-_MEMORY:], (y, change)]
+        y = (y + torch.where(self.stretch > 2.0, stretched, _accelerated(self.history))).clamp(self.low, self.high)
+        fading = (found.traces.mean(-1)[: self.groups] < _FADING) & (change[: self.groups] < 0)
+        y[: self.groups] = torch.where(fading, self.low[: self.groups], y[: self.groups])
+        self.next = y
+
+    def _state(self) -> dict[str, Any]:
+        """Everything that a later run needs to go on."""
+        assert self.found is not None
+        names = ("next", "last", "stretch", "y", "history", "size", "solved", "steps", "iterations", "done")
+        found = {name: getattr(self, name) for name in names}
+        return {**found, "found": dict(vars(self.found)), "probes": self.probes.warm_start()}
+
+    def _resume(self, state: dict[str, Any], batches: Batches) -> None:
+        """Go back to a state."""
+        batches.set_random_state(state["passes"])
+        moved = moved_to(state, self.y.device)
+        self.probes.set_warm_start(moved.pop("probes"))
+        self.found = Expectation(**moved.pop("found"))
+        for name in set(moved) - {"first_pass", "passes"}:
+            setattr(self, name, moved[name])
 
     def errors(self) -> tuple[Tensor, Tensor]:
         """Standard errors of y, infinite where pruned, and of the effective dimensions at y."""

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import os
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
@@ -12,12 +13,14 @@ from gpytorch.likelihoods import Likelihood, MultitaskGaussianLikelihood
 from torch import Tensor
 from tqdm import tqdm
 
+from ntkgp.checkpoint import Checkpoint, Run, moved_to, running
 from ntkgp.evidence.streaming import StreamedEvidence, StreamNoise, StreamStatistics
 from ntkgp.linearization import LinearizedNetwork
 from ntkgp.linearization.memory import format_memory, parse_memory
 from ntkgp.linearization.nystrom import EIGENVALUE_CUT, LandmarkFeatures
 
 if TYPE_CHECKING:
+    from ntkgp.models.batches import Batches
     from ntkgp.models.nystrom import NystromNTKGP
 
 _BATCH = 4096
@@ -137,24 +140,45 @@ def accumulate(
     dtype: torch.dtype = torch.float64,
     progress: bool = False,
     after: Callable[[StreamStatistics], bool] | None = None,
+    run: Run | None = None,
+    extra: Callable[[], Mapping[str, Any]] = dict,
 ) -> StreamStatistics:
     """One pass.
 
     :param after: called after each batch; ends the pass by returning True.
+    :param run: where the sums and a bitmap of the batches in them are offered after each batch, and come from.
+    :param extra: what is kept beside them.
     """
+    run = run or Run()
     statistics = StreamStatistics.zeros(kind, features)
     check_memory(features, len(statistics.counts))
+    seen: list[bool] = []
+    if run.state is not None:
+        batches.set_random_state(run.state["batches"])
+        statistics = StreamStatistics(**moved_to(run.state["statistics"], features.landmarks.device))
+        seen = run.state["seen"].tolist()
+    shuffles = {} if run.checkpoint is None else batches.random_state()
+
+    def state() -> dict[str, Any]:
+        sums = dict(statistics.__dict__)
+        return {**extra(), "batches": shuffles, "statistics": sums, "seen": torch.tensor(seen, dtype=torch.bool)}
+
     try:
         total: int | None = batches.num_data
     except ValueError:
         total = None
     device = features.landmarks.device
     with tqdm(total=total, desc="pass", unit=" rows", disable=not progress) as bar:
-        for x, y in batches:
-            statistics.add(features, x.to(device), y.to(device), dtype)
+        for index, (x, y) in enumerate(batches):
             bar.update(len(x))
+            if index < len(seen) and seen[index]:
+                continue
+            statistics.add(features, x.to(device), y.to(device), dtype)
+            seen.append(True)
             if after is not None and after(statistics):
                 break
+            run.offer(state)
+    run.save(state())
     return statistics
 
 
@@ -174,6 +198,7 @@ def one_pass(
     seed: int = 0,
     max_memory: str | int | float = "2GiB",
     progress: bool = False,
+    checkpoint: Checkpoint | str | os.PathLike[str] | None = None,
 ) -> OnePassEvidence:
     r"""Pass over the data once; afterwards the evidence bound of every :math:`\Lambda, \sigma^2` costs milliseconds.
 
@@ -197,6 +222,9 @@ def one_pass(
     :param seed: of the landmarks.
     :param max_memory: budget for landmarks, statistics and one block of rows.
     :param progress: show a progress bar.
+    :param checkpoint: a folder, or a :class:`~ntkgp.checkpoint.Checkpoint`: a call that was killed is repeated with the
+        same arguments and goes on with the batch where it stood, to the very same sums; no batch counts twice.
+    :raises CheckpointMismatch: a checkpoint of another network, other data or other arguments.
     :raises ValueError: data, landmarks or a budget that cannot be used.
 
     Cost: N·(passes + products with M landmarks + R²/2) with R ≤ Σ_g min(M·C, P_g) features; memory R² per noise
@@ -220,15 +248,39 @@ def one_pass(
     kind = statistics_kind(likelihood)
     budget = parse_memory(max_memory)
     batches = Batches.of(data, lin, likelihood, batch_size or _BATCH)
-    z = choose_landmarks(
-        batches, lin, num_landmarks, landmarks, classification=kind == "classification", precision=precision, seed=seed,
-        max_memory=budget,
-    )  # fmt: skip
-    with torch.inference_mode(False), torch.no_grad():
-        ones = torch.ones(len(lin.groups), dtype=torch.float64)
-        precision = ones if precision is None else precision.to(torch.float64).clone()
-        features = LandmarkFeatures.build(
-            lin, z, precision=precision, num_features=num_features, tolerance=tolerance, max_memory=budget
-        )
-        statistics = accumulate(features, kind, batches, dtype=dtype, progress=progress)
-    return OnePassEvidence(features, statistics, likelihood, precision.to(z.device), bound)
+    ones = torch.ones(len(lin.groups), dtype=torch.float64)
+    options = {
+        "likelihood": kind, "landmarks": landmarks, "num_landmarks": num_landmarks, "num_features": num_features,
+        "precision": precision, "tolerance": tolerance, "batch_size": batch_size, "dtype": dtype, "seed": seed,
+        "max_memory": budget,
+    }  # fmt: skip
+    with running(checkpoint, lambda: pass_identity(lin, batches, options)) as run:
+        if run.state is None:
+            z = choose_landmarks(
+                batches, lin, num_landmarks, landmarks, classification=kind == "classification", precision=precision,
+                seed=seed, max_memory=budget,
+            )  # fmt: skip
+        with torch.inference_mode(False), torch.no_grad():
+            precision = ones if precision is None else precision.to(torch.float64).clone()
+            if run.state is None:
+                features = LandmarkFeatures.build(
+                    lin, z, precision=precision, num_features=num_features, tolerance=tolerance, max_memory=budget
+                )
+            else:
+                features = restored_features(lin, run.state, budget)
+            kept = {"features": features.state()}
+            statistics = accumulate(
+                features, kind, batches, dtype=dtype, progress=progress, run=run, extra=lambda: kept
+            )
+    return OnePassEvidence(features, statistics, likelihood, precision.to(features.landmarks.device), bound)
+
+
+def pass_identity(lin: LinearizedNetwork, batches: Batches, configuration: Mapping[str, Any]) -> dict[str, Any]:
+    """What a pass depends on, as arguments of :meth:`~ntkgp.checkpoint.Checkpoint.run`."""
+    groups = [list(lin.groups.names), lin.groups.index]
+    return {"network": lin.theta, "data": batches.rows(), "configuration": {**configuration, "groups": groups}}
+
+
+def restored_features(lin: LinearizedNetwork, state: Mapping[str, Any], max_memory: int) -> LandmarkFeatures:
+    """The features that a killed pass had chosen."""
+    return LandmarkFeatures.from_state(lin, moved_to(state["features"], lin.theta.device), max_memory)

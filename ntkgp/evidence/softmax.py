@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from ntkgp.checkpoint import moved_to
 from ntkgp.evidence.blocks import apply_factor, apply_factor_transpose
-from ntkgp.evidence.newton import DualMode, dual_mode
+from ntkgp.evidence.newton import DualMode, NewtonSystem, dual_mode
 from ntkgp.evidence.objective import Evaluation, EvidenceObjective
 from ntkgp.evidence.problem import NoiseModel, SoftmaxEvidence
 from ntkgp.evidence.system import Solution, linear_system
@@ -67,6 +69,21 @@ class SoftmaxObjective(EvidenceObjective):
         alpha, system = (None, None) if self._last is None else (self._last.alpha, self._last.system)
         self._last = dual_mode(gram, self.problem.offset, self.problem.labels, alpha, system=system)
         return self._last
+
+    def warm_start(self) -> dict[str, Any] | None:
+        """What the next evaluation starts from, as tensors and plain values."""
+        if self._last is None:
+            return None
+        system = self._last.system
+        return {**vars(self._last), "system": None if system is None else dict(vars(system))}
+
+    def set_warm_start(self, state: dict[str, Any] | None) -> None:
+        """Inverse of :meth:`warm_start`."""
+        if state is None:
+            self._last = None
+            return
+        moved = moved_to(state, self.problem.offset.device)
+        self._last = DualMode(**{**moved, "system": moved["system"] and NewtonSystem(**moved["system"])})
 
     def _gram(self, x: Tensor) -> Tensor:
         """Prior covariance K of the logits at x."""

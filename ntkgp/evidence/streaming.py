@@ -330,6 +330,16 @@ class StreamedObjective(EvidenceObjective):
             self._last = x.clone(), Collapsed(self.sums, features.group, features.stacked, precision, noise)
         return self._last[1]
 
+    def warm_start(self) -> dict[str, Any] | None:
+        """Where the model was evaluated last: what the report says depends on it."""
+        return None if self._last is None else {"x": self._last[0]}
+
+    def set_warm_start(self, state: dict[str, Any] | None) -> None:
+        """Inverse of :meth:`warm_start`."""
+        self._last = None
+        if state is not None:
+            self.collapsed(state["x"].to(self.reference))
+
     def __call__(self, x: Tensor) -> Evaluation:
         """Evaluate the evidence at x."""
         model, precision = self.collapsed(x), self.split(x)[0]

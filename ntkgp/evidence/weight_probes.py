@@ -85,6 +85,7 @@ class WeightProbes:
         s, p = settings.num_samples, lin.num_parameters
         self.prior = torch.randn(s, p, generator=self._generator, dtype=torch.float64).to(lin.theta.device)
         self.last: Tensor | None = None
+        self._theta: Tensor | None = None
         self._gather()
 
     def _rows(self) -> Iterator[_Rows]:
@@ -160,6 +161,14 @@ class WeightProbes:
         if self.settings.curvature != "quadratic":
             return None
         return whitened_targets(rows.logits, rows.y, rows.offset).targets.unsqueeze(-1)
+
+    def warm_start(self) -> dict[str, Any]:
+        """What the next step starts from."""
+        return {"last": self.last, "theta": self._theta}
+
+    def set_warm_start(self, state: dict[str, Any]) -> None:
+        """Inverse of :meth:`warm_start`."""
+        self.last, self._theta = state["last"], state["theta"]
 
     def traces(self) -> Tensor:
         """Tr K_g, shape (G,)."""
@@ -279,7 +288,7 @@ class WeightProbes:
 
     def _mode(self, scale: Tensor, noise: Tensor) -> tuple[Tensor, bool]:
         """theta_star of the true loss by damped Newton–CG over the data, from the last one."""
-        theta = getattr(self, "_theta", torch.zeros_like(scale))
+        theta = torch.zeros_like(scale) if self._theta is None else self._theta
         for _ in range(_NEWTON_STEPS):
             value, gradient = self._log_joint(theta, scale, True)
             assert gradient is not None

@@ -156,6 +156,30 @@ class Batches:
         self._num_data = rows
 
     @property
+    def batch_size(self) -> int | None:
+        """Rows per batch; None where they are a loader's own affair."""
+        return self._batch_size if isinstance(self._source, tuple) else None
+
+    def rows(self) -> Any:
+        """What stands for the data in a digest, see :func:`ntkgp.checkpoint.digest`."""
+        return self._source
+
+    def random_state(self) -> dict[str, Tensor]:
+        """The random numbers by which the next pass shuffles; empty for tensors."""
+        if isinstance(self._source, tuple):
+            return {}
+        if self._passes is None:
+            self._passes = _Undisturbed(self._source)
+        return self._passes.state()
+
+    def set_random_state(self, state: Mapping[str, Tensor]) -> None:
+        """Inverse of :meth:`random_state`: the next pass has the order that it had then."""
+        if state:
+            self.random_state()
+            assert self._passes is not None
+            self._passes.set_state(state)
+
+    @property
     def in_memory(self) -> bool:
         """Whether the data are tensors."""
         return isinstance(self._source, tuple)
@@ -173,6 +197,17 @@ class _Undisturbed:
 
     def __init__(self, loader: DataLoader) -> None:
         self._loader, self._state = loader, torch.get_rng_state()
+
+    def state(self) -> dict[str, Tensor]:
+        """Of the passes, and of the loader's own generator if it has one."""
+        generator = self._loader.generator
+        return {"own": self._state.clone(), **({} if generator is None else {"loader": generator.get_state()})}
+
+    def set_state(self, state: Mapping[str, Tensor]) -> None:
+        """Inverse of :meth:`state`."""
+        self._state = state["own"].clone()
+        if self._loader.generator is not None and "loader" in state:
+            self._loader.generator.set_state(state["loader"])
 
     def __iter__(self) -> Iterator[tuple[int, Any]]:
         with self._own_state():

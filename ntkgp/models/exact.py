@@ -28,7 +28,7 @@ from ntkgp.models.network_gp import NetworkGP
 from ntkgp.models.noise import NoiseLink, has_fixed_noise, prepare_likelihood
 from ntkgp.models.paths import FixedMean, FunctionSamples
 from ntkgp.models.posterior import PosteriorCovariance
-from ntkgp.models.primal import PrimalSide
+from ntkgp.models.primal import PrimalSide, SavedSide
 
 logger = logging.getLogger("ntkgp")
 
@@ -121,7 +121,7 @@ class ExactNTKGP(Certified, NetworkGP, ExactGP):
         self._network_mean = NetworkMean(lin)
         self.kernel = NeuralTangentKernel(lin, max_memory=max_memory).to(torch.float64)
         self.prediction_strategy: Any = None
-        self._kept: DualSide | PrimalSide | None = None
+        self._kept: DualSide | PrimalSide | None = train_x if isinstance(train_x, SavedSide) else None
         logger.info("ExactNTKGP in %s form: %s", self.form, self._form.reason)
 
     @property
@@ -149,6 +149,10 @@ class ExactNTKGP(Certified, NetworkGP, ExactGP):
 
     def _set_data(self, x: Any, y: Tensor | None) -> None:
         """Take training data and choose the form."""
+        if isinstance(x, SavedSide):
+            self._form: Form = x.saved_form
+            self._source, self.train_inputs, self.train_targets = _Source(x), None, None
+            return
         if isinstance(x, Dataset | DataLoader):
             if y is not None:
                 raise TypeError(f"train_y: expected None beside a {type(x).__name__}, which yields the targets")
@@ -156,7 +160,7 @@ class ExactNTKGP(Certified, NetworkGP, ExactGP):
                 raise ValueError(f"form: 'dual' needs tensors; a {type(x).__name__} is passed over in weight space")
             batches = Batches.of(x, self.lin, self.likelihood)
             size = None if has_fixed_noise(self.likelihood) else _known_size(batches)
-            self._form: Form = choose_form("primal", self.lin, self.likelihood, size, self.max_memory)
+            self._form = choose_form("primal", self.lin, self.likelihood, size, self.max_memory)
             self._source, self.train_inputs, self.train_targets = _Source(batches), None, None
             return
         packed = self._pack(x, "train_x").detach().clone()
@@ -199,6 +203,33 @@ class ExactNTKGP(Certified, NetworkGP, ExactGP):
         kept = None if self._source is None else self._kept
         return {**self.__dict__, "_kept": kept, "prediction_strategy": None}
 
+    def _saved(self, training_data: bool) -> dict[str, Any]:
+        """What the model is made of again, beside its parameters and its likelihood; for a file."""
+        options = {"mean": self.mean, "max_memory": self.max_memory, "form": self.form}
+        if training_data:
+            if self.train_inputs is None:
+                raise ValueError(
+                    "training_data: those of a DataLoader or of a file are not the model's; expected False"
+                )
+            return {"kind": "data", "model": options, "x": self.train_inputs[0], "y": self.train_targets}
+        if self.form == "dual":
+            raise ValueError(
+                "training_data: in data space (form='dual') predictions need the training inputs; save the model with "
+                "training_data=True, or make it with form='primal', whose factors need none"
+            )
+        factors = self._factors()[0]
+        return {"kind": "factors", "model": options, "side": self._training_side().saved(self, factors)}
+
+    @classmethod
+    def _from_saved(cls, lin: LinearizedNetwork, likelihood: Any, state: dict[str, Any]) -> ExactNTKGP:
+        """Inverse of :meth:`_saved`."""
+        if state["kind"] == "data":
+            return cls(state["x"], state["y"], likelihood, lin, **state["model"])
+        model = cls(SavedSide(lin, state["side"]), None, likelihood, lin, **state["model"])
+        assert isinstance(model._kept, SavedSide)
+        model._kept.prior_mean = model.mean_module
+        return model
+
     def forward(self, x: Tensor) -> MultivariateNormal:
         """The prior at packed inputs: mean f(x; θ̃) − J(x)θ̃, covariance the tangent kernel."""
         return self._distribution(self.mean_module(x), self.kernel(x))
@@ -209,7 +240,8 @@ class ExactNTKGP(Certified, NetworkGP, ExactGP):
 
     def _apply(self, fn: Any) -> ExactNTKGP:
         """Moves between devices; ``float()`` and ``half()`` change nothing, since all algebra is in float64."""
-        self._kept = self.prediction_strategy = None
+        self._kept = self._kept.moved(fn) if isinstance(self._kept, SavedSide) else None
+        self.prediction_strategy = None
         return super()._apply(lambda tensor: tensor.to(fn(tensor).device))
 
     def __call__(self, x: Any, **kwargs: Any) -> MultivariateNormal:
@@ -384,7 +416,7 @@ def _known_size(batches: Batches) -> int | None:
 class _Source:
     """A loader that copies of a model share: data are not copied behind the user's back."""
 
-    def __init__(self, batches: Batches) -> None:
+    def __init__(self, batches: Any) -> None:
         self.batches = batches
 
     def __deepcopy__(self, memo: dict[int, Any]) -> _Source:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from typing import Any
 
 import torch
@@ -55,6 +56,24 @@ class NetworkGP(Conditionable):
     def is_classification(self) -> bool:
         """Whether the likelihood is categorical or Bernoulli."""
         return is_classification(self.likelihood)
+
+    def save(self, path: str | os.PathLike[str], training_data: bool = False) -> None:
+        """Write the model to a file that :func:`ntkgp.load` binds to its network again; the network is not in it.
+
+        The file holds tensors and plain values, no code (``torch.load(path, weights_only=True)`` reads it), and digests
+        of the network's weights. Training data are not in it unless asked for, but for the inputs that a prediction
+        needs: landmarks and inducing inputs. An :class:`~ntkgp.ExactNTKGP` in weight space is saved with its factors:
+        it predicts and draws, but its hyper-parameters cannot change any more.
+
+        :param path: a file; written whole or not at all.
+        :param training_data: whether the training inputs and targets are written too.
+        :raises ValueError: an :class:`~ntkgp.ExactNTKGP` in data space without its training data, whose inputs every
+            prediction needs; data of a DataLoader, which are not the model's.
+        :raises TypeError: a model without a file format.
+        """
+        from ntkgp.models.saving import save
+
+        save(self, path, training_data)
 
     def _inputs(self, x: Any) -> Tensor:
         """Raw or packed inputs as packed float64, packed ones with any batch dimensions."""

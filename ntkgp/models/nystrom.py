@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from typing import TYPE_CHECKING, Any
 
 import gpytorch
@@ -12,12 +13,15 @@ from gpytorch.models import GP
 from linear_operator.operators import BlockDiagLinearOperator, RootLinearOperator, SumLinearOperator
 from torch import Tensor
 
+from ntkgp.checkpoint import Checkpoint, moved_to, running
 from ntkgp.evidence.collapsed import Collapsed
 from ntkgp.evidence.single_pass import (
     OnePassEvidence,
     accumulate,
     check_choices,
     current_noise,
+    pass_identity,
+    restored_features,
     statistics_kind,
     write_noise,
 )
@@ -188,6 +192,7 @@ class NystromNTKGP(Certified, NetworkGP, GP):
         progress: bool = True,
         validation: Any = None,
         search_frequency: int = 10_000,
+        checkpoint: Checkpoint | str | os.PathLike[str] | None = None,
     ) -> NystromNTKGP:
         """Choose the landmarks and their features at the present precisions, and pass over the data once.
 
@@ -199,11 +204,43 @@ class NystromNTKGP(Certified, NetworkGP, GP):
             the NLL of the predictive distribution is taken with the prior precision scaled by seen/N, and the pass
             keeps the sums (and that scale) with the smallest. They are of a part of the data: no evidence then.
         :param search_frequency: rows between two looks at the validation data.
+        :param checkpoint: a folder, or a :class:`~ntkgp.checkpoint.Checkpoint`: a call that was killed is repeated on a
+            model made alike and goes on with the batch where it stood, to the very same sums.
+        :raises CheckpointMismatch: a checkpoint of another network, other data or other options.
         :return: the model, in eval mode.
         """
         batches = self._batches if train_data is None else self._passes(train_data)
         if batches is None:
             raise ValueError("train_data: neither the model nor fit() was given any")
+        validation = (
+            None if validation is None else Batches.of(validation, self.lin, self.likelihood, name="validation")
+        )
+        with (
+            torch.inference_mode(False),
+            running(checkpoint, lambda: self._identity(batches, validation, search_frequency)) as run,
+        ):
+            if run.state is None:
+                features = self._choose_features(batches)
+            else:
+                features = restored_features(self.lin, run.state, self.max_memory)
+            search = None if validation is None else _EarlyStopping(self, features, batches, validation)
+            after = None if search is None else search.every(search_frequency)
+            if search is not None and run.state is not None:
+                search.set_state(run.state["search"])
+            kept = {"features": features.state()}
+            statistics = accumulate(
+                features, self._kind, batches, progress=progress, after=after, run=run,
+                extra=lambda: kept if search is None else {**kept, "search": search.state()},
+            )  # fmt: skip
+        scale = 1.0
+        if search is not None:
+            statistics, scale = search.best(statistics)
+        self.features, self.statistics, self._prior_scale, self._kept = features, statistics, scale, None
+        self._batches = batches
+        return self.eval()
+
+    def _choose_features(self, batches: Batches) -> LandmarkFeatures:
+        """Landmarks and their features at the present precisions."""
         precision, lin = self.kernel.precision.detach(), self.lin
         z = choose_landmarks(
             batches, lin, self.num_landmarks, self.landmark_selection, classification=self.is_classification,
@@ -213,22 +250,21 @@ class NystromNTKGP(Certified, NetworkGP, GP):
         if self.output_selection == "random":
             generator = torch.Generator().manual_seed(self.seed + 1)
             outputs = torch.randint(lin.num_outputs, (len(z),), generator=generator)
-        with torch.inference_mode(False):
-            features = LandmarkFeatures.build(
-                lin, z, outputs, precision=precision, num_features=self.num_features, tolerance=self.tolerance,
-                max_memory=self.max_memory,
-            )  # fmt: skip
-            search = None if validation is None else _EarlyStopping(self, features, batches, validation)
-            statistics = accumulate(
-                features, self._kind, batches, progress=progress,
-                after=None if search is None else search.every(search_frequency),
-            )  # fmt: skip
-        scale = 1.0
-        if search is not None:
-            statistics, scale = search.best(statistics)
-        self.features, self.statistics, self._prior_scale, self._kept = features, statistics, scale, None
-        self._batches = batches
-        return self.eval()
+        return LandmarkFeatures.build(
+            lin, z, outputs, precision=precision, num_features=self.num_features, tolerance=self.tolerance,
+            max_memory=self.max_memory,
+        )  # fmt: skip
+
+    def _identity(self, batches: Batches, validation: Batches | None, search_frequency: int) -> dict[str, Any]:
+        """What a fit depends on, for a checkpoint."""
+        names = ("num_landmarks", "num_features", "output_selection", "tolerance", "seed", "max_memory")
+        options = {name: getattr(self, name) for name in names}
+        options |= {"landmarks": self.landmark_selection, "likelihood": self._kind, "batch_size": self._batch_size}
+        options["precision"] = self.kernel.precision.detach()
+        if validation is not None:
+            noise = self.likelihood.state_dict()
+            options |= {"validation": validation.rows(), "search_frequency": search_frequency, "noise": noise}
+        return pass_identity(self.lin, batches, options)
 
     def _fitted(self) -> tuple[LandmarkFeatures, StreamStatistics]:
         """Features and sums; made now from the data given to the constructor where :meth:`fit` was not called."""
@@ -337,6 +373,26 @@ class NystromNTKGP(Certified, NetworkGP, GP):
                 mean = _ShiftedMean(self.lin, self.mean_module, shift)
         return FunctionSamples(self.lin, mean, weights)
 
+    def _saved(self, training_data: bool) -> dict[str, Any]:
+        """What the model is made of again, beside its parameters and its likelihood; for a file."""
+        self._fitted()
+        names = (
+            "num_landmarks", "num_features", "residual", "output_selection", "tolerance", "mean", "bound", "seed",
+            "max_memory",
+        )  # fmt: skip
+        chosen = self.landmark_selection
+        options = {**{name: getattr(self, name) for name in names}, "batch_size": self._batch_size}
+        options["landmarks"] = chosen if isinstance(chosen, str) else self.lin.pack(chosen)
+        if training_data and (self._batches is None or not self._batches.in_memory):
+            raise ValueError("training_data: those of a loader or of a file are not the model's; expected False")
+        data = self._batches.collect() if training_data and self._batches is not None else None
+        return {"model": options, "data": data}
+
+    @classmethod
+    def _from_saved(cls, lin: LinearizedNetwork, likelihood: Likelihood, state: dict[str, Any]) -> NystromNTKGP:
+        """Inverse of :meth:`_saved`."""
+        return cls(state["data"], likelihood, lin, **state["model"])
+
     def get_extra_state(self) -> dict[str, Any] | None:
         """Features and sums, for ``state_dict``."""
         if self.features is None or self.statistics is None:
@@ -394,13 +450,27 @@ class _ShiftedMean:
 class _EarlyStopping:
     """Looks at validation data during a pass and keeps the best sums."""
 
-    def __init__(self, model: NystromNTKGP, features: LandmarkFeatures, batches: Batches, validation: Any) -> None:
+    def __init__(self, model: NystromNTKGP, features: LandmarkFeatures, batches: Batches, validation: Batches) -> None:
         self._model, self._features, self._total = model, features, batches.num_data
-        data = Batches.of(validation, model.lin, model.likelihood, name="validation")
-        self._x, self._y = data.collect()
+        self._x, self._y = validation.collect()
         self._psi = features.visit(self._x, diagonals=False)[0].flatten(0, 1)
         self._found: tuple[float, StreamStatistics, float] | None = None
         self._next = 0
+
+    def state(self) -> dict[str, Any]:
+        """As tensors and plain values."""
+        best = None
+        if self._found is not None:
+            loss, statistics, scale = self._found
+            best = {"loss": loss, "statistics": dict(statistics.__dict__), "scale": scale}
+        return {"next": self._next, "best": best}
+
+    def set_state(self, state: dict[str, Any]) -> None:
+        """Inverse of :meth:`state`."""
+        self._next, best = state["next"], state["best"]
+        if best is not None:
+            statistics = moved_to(best["statistics"], self._features.landmarks.device)
+            self._found = best["loss"], StreamStatistics(**statistics), best["scale"]
 
     def every(self, rows: int) -> Callable[[StreamStatistics], bool]:
         """A callback that looks whenever so many more rows were seen."""

@@ -5,13 +5,14 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from gpytorch.likelihoods import Likelihood
 from linear_operator.operators import DiagLinearOperator
 from torch import Tensor
 
+from ntkgp.checkpoint import digest, moved_to
 from ntkgp.evidence.primal import DataSummary, PrimalGaussianEvidence, Unreached
 from ntkgp.evidence.primal_softmax import PrimalSoftmaxEvidence, find_mode
 from ntkgp.evidence.problem import NoiseModel
@@ -23,6 +24,7 @@ from ntkgp.linearization.symmetric import SymmetricGrams
 from ntkgp.means import LinearizedMean
 from ntkgp.models.batches import Batches
 from ntkgp.models.factors import GaussianFactors
+from ntkgp.models.forms import Form
 from ntkgp.models.noise import NoiseLink, has_fixed_noise, is_classification, learned_on_fixed
 from ntkgp.models.visits import Collector, Summary, Visits, grams_of_rows, probes
 
@@ -99,6 +101,15 @@ class PrimalSide:
 
     def _visit(self, batches: Batches, likelihood: Likelihood) -> None:
         raise NotImplementedError
+
+    def saved(self, model: Any, factors: PrimalFactors) -> dict[str, Any]:
+        """What predictions at the model's present hyper-parameters need, as tensors and plain values."""
+        precision = model.kernel.precision.detach()
+        return {
+            "form": tuple(model._form), "max_memory": self.max_memory, "num_data": self.num_data,
+            "inner": dict(vars(factors.inner)), "rows": factors.rows, "theta_star": factors.theta_star,
+            "hyperparameters": _hyperparameters(precision, model.likelihood, model.curvature),
+        }  # fmt: skip
 
     data: DataSummary
 
@@ -307,6 +318,75 @@ class PrimalClassification(PrimalSide):
             log_likelihood=self._log_likelihood,
             variant=curvature,
         )
+
+
+class SavedSide(PrimalSide):
+    """What a file holds in place of the training data: the factors, at the hyper-parameters of the file.
+
+    :param lin: the linearised network.
+    :param state: of :meth:`PrimalSide.saved`.
+    """
+
+    def __init__(self, lin: LinearizedNetwork, state: dict[str, Any]) -> None:
+        self.lin, self.max_memory, self.state = lin, state["max_memory"], state
+        self.saved_form = Form(*state["form"])
+        self.factors = PrimalFactors(GaussianFactors(**state["inner"]), state["rows"], state["theta_star"])
+        self.index = lin.groups.index.to(self.factors.rows.device)
+        self.x = None
+
+    @property
+    def num_data(self) -> int:
+        """N."""
+        return self.state["num_data"]
+
+    def is_of(self, x: Tensor | None, targets: Tensor | None, likelihood: Likelihood) -> bool:
+        """There is nothing else to visit."""
+        return True
+
+    def moved(self, fn: Callable[[Tensor], Tensor]) -> SavedSide:
+        """The same on the device where `fn` moves tensors."""
+        out = SavedSide(self.lin, moved_to(self.state, fn(self.factors.rows).device))
+        out.prior_mean = self.prior_mean
+        return out
+
+    def condition(
+        self, precision: Tensor, likelihood: Likelihood, targets: Tensor | None, curvature: str
+    ) -> PrimalFactors:
+        """The factors of the file.
+
+        :raises RuntimeError: other hyper-parameters than they were made at.
+        """
+        if self.state["hyperparameters"] != _hyperparameters(precision, likelihood, curvature):
+            self._refuse()
+        return self.factors
+
+    def saved(self, model: Any, factors: PrimalFactors) -> dict[str, Any]:
+        """The same again."""
+        return self.state
+
+    def _refuse(self) -> NoReturn:
+        raise RuntimeError(
+            "this model was loaded without its training data: it predicts at the precisions, noise and curvature that "
+            "it was saved with; for others save it with training_data=True"
+        )
+
+    def gram(self, precision: Tensor) -> Tensor:
+        """Refused: it is wanted for other factors."""
+        self._refuse()
+
+    def noise(self, likelihood: Likelihood, targets: Tensor | None) -> DiagLinearOperator:
+        """Refused: it is wanted for other factors."""
+        self._refuse()
+
+    def problem(self, likelihood: Likelihood, y: Tensor | None, curvature: str, targets: str) -> Any:
+        """Refused: the evidence is that of the training data."""
+        self._refuse()
+
+
+def _hyperparameters(precision: Tensor, likelihood: Likelihood, curvature: str) -> str:
+    """Digest of what factors depend on beside the data."""
+    values = [precision.to(torch.float64), [p.to(torch.float64) for p in likelihood.parameters()]]
+    return digest([values, curvature if is_classification(likelihood) else None])
 
 
 def noise_signature(likelihood: Likelihood, num_outputs: int) -> tuple[bool, bool, int]:

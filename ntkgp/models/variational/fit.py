@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import copy
 import math
+import os
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -16,10 +17,11 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from ntkgp.checkpoint import Checkpoint, Run, moved_to, plain, running
 from ntkgp.models.batches import Batches
 from ntkgp.models.noise import NoiseLink
 from ntkgp.models.variational.expectations import gaussian_term, noise_block
-from ntkgp.models.variational.optimum import CollapsedObjective, Statistics, predictive_scores
+from ntkgp.models.variational.optimum import CollapsedObjective, CollapsedSearch, Statistics, predictive_scores
 
 if TYPE_CHECKING:
     from ntkgp.evidence.report import EvidenceReport
@@ -53,6 +55,20 @@ class FitHistory:
     interrupted: bool = False
     seconds: float = 0.0
 
+    def state(self) -> dict[str, Any]:
+        """As tensors and plain values."""
+        report = self.evidence
+        known = None if report is None else {part.name: getattr(report, part.name) for part in fields(report)}
+        return {**vars(self), "evidence": known}
+
+    def set_state(self, state: dict[str, Any]) -> None:
+        """Inverse of :meth:`state`."""
+        from ntkgp.evidence.report import EvidenceReport
+
+        report = state["evidence"]
+        known = None if report is None else EvidenceReport(**report)
+        vars(self).update({**state, "evidence": known, "interrupted": False})
+
 
 @dataclass(frozen=True)
 class _Plan:
@@ -79,7 +95,7 @@ class _Plan:
 def fit_variational(
     model: VariationalNTKGP, train_data: Any, *, epochs: int | None, iterations: int | None, learning_rate: float,
     batch_size: int | None, validation: Any, patience: int, evidence: str | None, evidence_rows: int, seed: int,
-    progress: bool,
+    progress: bool, checkpoint: Checkpoint | str | os.PathLike[str] | None,
 ) -> VariationalNTKGP:  # fmt: skip
     """See :meth:`ntkgp.VariationalNTKGP.fit`."""
     plan = _Plan(epochs, iterations, learning_rate, patience, seed, progress)
@@ -100,19 +116,39 @@ def fit_variational(
     history = model.history = FitHistory()
     if evidence == "auto":
         evidence = _automatic(model, evidence_rows, held_out is not None)
-    with _fitting(model):
-        run = _Run(model, batches, held_out, plan, history)
-        try:
-            if evidence is not None:
-                _fit_evidence(model, batches, evidence_rows, plan, history)
-            run(rescale=evidence if evidence in ("bound", "validation") else None)
-        except KeyboardInterrupt:
-            history.interrupted = True
-        finally:
-            run.restore()
-            history.seconds = time.perf_counter() - started
+    with running(checkpoint, lambda: _identity(model, batches, held_out, plan, evidence, evidence_rows)) as kept:
+        with _fitting(model):
+            run = _Run(model, batches, held_out, plan, history, kept)
+            try:
+                if evidence is not None and kept.state is None:
+                    _fit_evidence(model, batches, evidence_rows, plan, history, kept.checkpoint)
+                run(rescale=evidence if evidence in ("bound", "validation") else None)
+            except KeyboardInterrupt:
+                history.interrupted = True
+            finally:
+                run.restore()
+                history.seconds = time.perf_counter() - started
+        if not history.interrupted and (kept.state is None or kept.state["stage"] != "done"):
+            kept.save(run.state("done"))
     model._data = batches
     return model
+
+
+def _identity(
+    model: VariationalNTKGP, batches: Batches, held_out: Batches | None, plan: _Plan, evidence: str | None, rows: int
+) -> dict[str, Any]:
+    """What a fit depends on, for a checkpoint."""
+    options = {name: value for name, value in vars(plan).items() if name != "progress"}
+    options |= {name: getattr(model, name) for name in ("mean", "learn_hyperparameters", "num_data", "max_memory")}
+    options |= {
+        "objective": [model.objective.power, model.objective.expectation],
+        "kernel": str(model.kernel),
+        "model": model.state_dict(),
+    }
+    options |= {"evidence": evidence, "evidence_rows": rows, "batch_size": batches.batch_size}
+    options["groups"] = [list(model.lin.groups.names), model.lin.groups.index]
+    options["validation"] = None if held_out is None else held_out.rows()
+    return {"network": model.lin.theta, "data": batches.rows(), "configuration": options}
 
 
 def _check_length(model: VariationalNTKGP, num_data: int) -> None:
@@ -145,7 +181,8 @@ def _automatic(model: VariationalNTKGP, rows: int, validated: bool) -> str | Non
 
 
 def _fit_evidence(
-    model: VariationalNTKGP, batches: Batches, rows: int, plan: _Plan, history: FitHistory
+    model: VariationalNTKGP, batches: Batches, rows: int, plan: _Plan, history: FitHistory,
+    checkpoint: Checkpoint | None,
 ) -> None:  # fmt: skip
     """Precisions and noise by the exact evidence on a random part of the data."""
     from ntkgp.evidence import fit_evidence
@@ -158,7 +195,8 @@ def _fit_evidence(
         count //= 2
     x, y = _sample(batches, count, plan.seed)
     exact = ExactNTKGP(x, y, copy.deepcopy(model.likelihood), model.lin, max_memory=model.max_memory)
-    history.evidence = fit_evidence(exact, progress=plan.progress)
+    part = None if checkpoint is None else checkpoint.part("evidence")
+    history.evidence = fit_evidence(exact, progress=plan.progress, checkpoint=part)
     noise = history.evidence.noise
     model.set_hyperparameters(history.evidence.precision, noise if noise.numel() else None)
     model.reset_variational()
@@ -178,18 +216,36 @@ def _sample(batches: Batches, count: int, seed: int) -> tuple[Tensor, Tensor]:
     return kept[0], kept[1]
 
 
+@dataclass
+class _Place:
+    """Where a fit by minibatches stands: steps done, before this epoch, epochs without progress, sums of the epoch."""
+
+    done: int = 0
+    epoch: int = 0
+    stale: int = 0
+    sums: float = 0.0
+    seen: int = 0
+
+
 class _Run:
     """One fit of L, the inducing inputs and perhaps hyper-parameters."""
 
     def __init__(
-        self, model: VariationalNTKGP, batches: Batches, held_out: Batches | None, plan: _Plan, history: FitHistory
-    ) -> None:
+        self, model: VariationalNTKGP, batches: Batches, held_out: Batches | None, plan: _Plan, history: FitHistory,
+        kept: Run | None = None,
+    ) -> None:  # fmt: skip
         self.model, self.batches, self.held_out, self.plan, self.history = model, batches, held_out, plan, history
+        self.kept = kept or Run()
         self.best: tuple[float, dict[str, Tensor]] | None = None
 
     def __call__(self, rescale: str | None = None) -> None:
-        model = self.model
-        self._optimum(rescale)
+        model, found = self.model, self.kept.state
+        if found is None:
+            self._optimum(rescale)
+        else:
+            self._resume(found)
+            if found["stage"] == "done":
+                return
         closed = model.objective.is_closed_form and not model.learn_hyperparameters
         learned = model.inducing_points.requires_grad
         if closed and not learned:
@@ -201,6 +257,21 @@ class _Run:
             self.restore()
         if closed:
             self._optimum()
+
+    def state(self, stage: str, **more: Any) -> dict[str, Any]:
+        """Of the model and the fit, for a checkpoint; `more` belongs to the stage."""
+        best = None if self.best is None else {"score": self.best[0], "model": self.best[1]}
+        model = dict(self.model.state_dict())
+        return {"stage": stage, "model": model, "history": self.history.state(), "best": best, **more}
+
+    def _resume(self, state: dict[str, Any]) -> None:
+        """Go back to a state."""
+        self.model.load_state_dict(state["model"])
+        self.history.set_state(state["history"])
+        best = moved_to(state["best"], self.model.inducing_points.device)
+        self.best = None if best is None else (best["score"], best["model"])
+        if "passes" in state:
+            self.batches.set_random_state(state["passes"])
 
     def restore(self) -> None:
         """The state with the best validation score, where there is one."""
@@ -267,59 +338,72 @@ class _Run:
 
     def _collapsed(self) -> None:
         """L-BFGS on the collapsed bound over the inducing inputs, in units of their spread."""
-        model, history = self.model, self.history
+        model, history, kept = self.model, self.history, self.kept
+        start = kept.state
+        if start is None:
+            history.stages.append("collapsed")
+            start = plain(self.state("collapsed", passes=self.batches.random_state(), answers=[]))
         x, y = self.batches.collect()
-        objective = CollapsedObjective(model, x, y)
-        parameter = model.inducing_points
-        unit = _spread(x)
-        best = parameter.detach().clone(), -math.inf
+        search = CollapsedSearch(CollapsedObjective(model, x, y), model.inducing_points, _spread(x), start["answers"])
         steps = self.plan.iterations or self.plan.epochs or _COLLAPSED_STEPS
-        history.stages.append("collapsed")
         bar = tqdm(total=steps, desc="inducing inputs", disable=not self.plan.progress)
 
-        def evaluate(point: np.ndarray) -> tuple[float, np.ndarray]:
-            nonlocal best
-            z = (torch.from_numpy(point).to(parameter).reshape(parameter.shape) * unit).requires_grad_()
-            value = objective(z)
-            if not bool(torch.isfinite(value)):
-                return 1e300, np.zeros_like(point)
-            (gradient,) = torch.autograd.grad(value, z)
-            found = float(value.detach())
-            if found > best[1]:
-                best = z.detach(), found
-            return -found, -(gradient * unit).reshape(-1).cpu().numpy()
-
         def record(_: np.ndarray) -> None:
-            history.objective.append(best[1])
-            bar.set_postfix(objective=f"{best[1]:.2f}")
+            history.objective.append(search.best[1])
+            bar.set_postfix(objective=f"{search.best[1]:.2f}")
             bar.update()
+
+        def evaluate(point: np.ndarray) -> tuple[float, np.ndarray]:
+            found = search(point)
+            # The model has not moved: its state is that of the start, and the answers say the rest.
+            kept.offer(lambda: {**start, "answers": search.answers})
+            return found
 
         try:
             scipy.optimize.minimize(
-                evaluate, (parameter.detach() / unit).reshape(-1).cpu().numpy(), jac=True, method="L-BFGS-B",
-                callback=record, options={"maxiter": steps, "maxfun": 2 * steps, "ftol": _FLAT, "gtol": 0.0},
+                evaluate, search.start, jac=True, method="L-BFGS-B", callback=record,
+                options={"maxiter": steps, "maxfun": 2 * steps, "ftol": _FLAT, "gtol": 0.0},
             )  # fmt: skip
         except KeyboardInterrupt:
             history.interrupted = True
         finally:
             bar.close()
             with torch.no_grad():
-                parameter.copy_(best[0])
+                model.inducing_points.copy_(search.best[0])
 
     def _minibatches(self) -> None:
         """Adam on an unbiased estimate of the objective."""
-        model, plan = self.model, self.plan
-        self.history.stages.append("minibatches")
-        model.objective.generator = torch.Generator(model.inducing_points.device).manual_seed(plan.seed)
+        model, plan, kept = self.model, self.plan, self.kept
+        generator = torch.Generator(model.inducing_points.device).manual_seed(plan.seed)
+        model.objective.generator = generator
         optimizer = torch.optim.Adam(self._parameter_groups(), betas=(0.9, 0.99))
-        per_epoch = self._batches_per_epoch()
-        total = plan.iterations or (plan.epochs or _EPOCHS) * per_epoch
+        total = plan.iterations or (plan.epochs or _EPOCHS) * self._batches_per_epoch()
         schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, total)
-        stale = done = 0
-        with tqdm(total=total, desc="fit", disable=not plan.progress) as bar:
-            while done < total:
-                sums, seen = 0.0, 0
-                for x, y in self._shuffled(done):
+        at = _Place()
+        if kept.state is None:
+            self.history.stages.append("minibatches")
+        else:
+            found = kept.state
+            optimizer.load_state_dict(found["optimizer"])
+            schedule.load_state_dict(found["schedule"])
+            generator.set_state(found["generator"])
+            at = _Place(**found["place"])
+        with tqdm(total=total, initial=at.done, desc="fit", disable=not plan.progress) as bar:
+            # An epoch may be complete but for its score.
+            while at.stale < plan.patience and (at.done < total or at.epoch < at.done):
+                passes = {} if kept.checkpoint is None else self.batches.random_state()
+
+                def state(passes: dict[str, Tensor] = passes) -> dict[str, Any]:
+                    return self.state(
+                        "minibatches", optimizer=optimizer.state_dict(), schedule=dict(schedule.state_dict()),
+                        generator=generator.get_state(), place=dict(vars(at)), passes=passes,
+                    )  # fmt: skip
+
+                for index, (x, y) in enumerate(self._shuffled(at.epoch)):
+                    if at.done == total:
+                        break
+                    if index < at.done - at.epoch:
+                        continue
                     optimizer.zero_grad()
                     value = batch_objective(model, x, y)
                     if not bool(torch.isfinite(value)):
@@ -327,15 +411,14 @@ class _Run:
                     (-value / model.num_data).backward()
                     optimizer.step()
                     schedule.step()
-                    sums, seen, done = sums + float(value.detach()) * len(x), seen + len(x), done + 1
+                    at.sums, at.seen = at.sums + float(value.detach()) * len(x), at.seen + len(x)
+                    at.done += 1
                     bar.update()
-                    if done == total:
-                        break
-                self.history.objective.append(sums / seen)
-                bar.set_postfix(objective=f"{sums / seen:.2f}")
-                stale = stale + 1 if self._validate() else 0
-                if stale >= plan.patience:
-                    break
+                    kept.offer(state)
+                self.history.objective.append(at.sums / at.seen)
+                bar.set_postfix(objective=f"{at.sums / at.seen:.2f}")
+                at.stale = at.stale + 1 if self._validate() else 0
+                at.epoch, at.sums, at.seen = at.done, 0.0, 0
 
     def _batches_per_epoch(self) -> int:
         try:

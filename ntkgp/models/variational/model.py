@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import warnings
 from typing import Any
 
@@ -12,6 +13,7 @@ from gpytorch.kernels import Kernel
 from gpytorch.models import ApproximateGP
 from torch import Tensor
 
+from ntkgp.checkpoint import Checkpoint
 from ntkgp.evidence.single_pass import one_pass
 from ntkgp.evidence.streaming import StreamedEvidence
 from ntkgp.kernels import NeuralTangentKernel
@@ -200,6 +202,33 @@ class VariationalNTKGP(NetworkGP, ApproximateGP):
             raise RuntimeError("mean='posterior': fit the model first, or use mean='network'")
         return self.prior_mean(x) + (cross @ self.dual_mean).reshape(len(x), -1)
 
+    def _saved(self, training_data: bool) -> dict[str, Any]:
+        """What the model is made of again, beside its parameters and its likelihood; for a file."""
+        if not self.products.is_tangent:
+            raise TypeError(
+                "save: this model has a kernel of the user's own, which is in no file; keep its state_dict()"
+            )
+        if training_data and (self._data is None or not self._data.in_memory):
+            raise ValueError("training_data: the model holds none, or those of a loader; expected False")
+        options = {
+            "learn_inducing": self.inducing_points.requires_grad, "objective": self.objective.power or "elbo",
+            "expectation": self.objective.expectation, "mean": self.mean, "max_memory": self.max_memory,
+            "learn_hyperparameters": self.learn_hyperparameters, "num_data": self.num_data,
+            "output_index": self.output_index,
+        }  # fmt: skip
+        data = self._data.collect() if training_data and self._data is not None else None
+        return {"model": options, "points": self.inducing_points.detach(), "data": data}
+
+    @classmethod
+    def _from_saved(
+        cls, lin: LinearizedNetwork, likelihood: gpytorch.likelihoods.Likelihood, state: dict[str, Any]
+    ) -> VariationalNTKGP:
+        """Inverse of :meth:`_saved`."""
+        model = cls(state["points"], likelihood, lin, **state["model"])
+        if state["data"] is not None:
+            model._data = model._batches(state["data"], None)
+        return model
+
     def forward(self, x: Tensor) -> MultivariateNormal:
         """The prior around the network's outputs at packed inputs (*batch, N, D)."""
         return self._distribution(self.mean_module(x), self.kernel(x))
@@ -271,6 +300,7 @@ class VariationalNTKGP(NetworkGP, ApproximateGP):
         evidence_rows: int = 1500,
         seed: int = 0,
         progress: bool = True,
+        checkpoint: Checkpoint | str | os.PathLike[str] | None = None,
     ) -> VariationalNTKGP:
         """Fit hyper-parameters by the evidence, then L and the inducing inputs by the objective.
 
@@ -295,13 +325,16 @@ class VariationalNTKGP(NetworkGP, ApproximateGP):
             ``"bound"`` if not.
         :param evidence_rows: N·C of that part at most.
         :param seed: of the part and of Monte Carlo.
+        :param checkpoint: a folder, or a :class:`~ntkgp.checkpoint.Checkpoint`: a call that was killed is repeated on a
+            model made alike and goes on with the step where it stood, to the very same state.
+        :raises CheckpointMismatch: a checkpoint of another network, another model, other data or other arguments.
         :return: the model, in eval mode.
         :raises ValueError: another N than num_data, bad data, named by their batch.
         """
         return fit_variational(
             self, train_data, epochs=epochs, iterations=iterations, learning_rate=learning_rate,
             batch_size=batch_size, validation=validation, patience=patience, evidence=evidence,
-            evidence_rows=evidence_rows, seed=seed, progress=progress,
+            evidence_rows=evidence_rows, seed=seed, progress=progress, checkpoint=checkpoint,
         )  # fmt: skip
 
     def elbo(self, data: Any, *, batch_size: int | None = None, progress: bool = False) -> float:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import scipy.optimize
@@ -283,3 +283,36 @@ class CollapsedObjective:
         second = whitened @ whitened.mT
         logdet = torch.linalg.cholesky(identity + second).diagonal().log().sum()
         return self._fixed - logdet + 0.5 * second.diagonal().sum()
+
+
+class CollapsedSearch:
+    """The collapsed bound as scipy wants it, with answers that are known looked up; remembers the best point."""
+
+    def __init__(self, objective: CollapsedObjective, parameter: Tensor, unit: Tensor, answers: list[Any]) -> None:
+        self._objective, self._parameter, self._unit = objective, parameter, unit
+        self._known, self.answers = list(answers), []  # type: tuple[list[Any], list[Any]]
+        self.start = (parameter.detach() / unit).reshape(-1).cpu().numpy()
+        self.best = parameter.detach().clone(), -math.inf
+
+    def __call__(self, point: np.ndarray) -> tuple[float, np.ndarray]:
+        """Minus the bound and minus its gradient."""
+        at = torch.from_numpy(point.copy())
+        z = (at.to(self._parameter).reshape(self._parameter.shape) * self._unit).requires_grad_()
+        known = self._known[len(self.answers)] if len(self.answers) < len(self._known) else None
+        if known is None or not torch.equal(known[0], at):
+            self._known = []
+            known = at, *self._ask(z)
+        self.answers.append(known)
+        _, found, gradient = known
+        if not math.isfinite(found):
+            return 1e300, np.zeros_like(point)
+        if found > self.best[1]:
+            self.best = z.detach(), found
+        return -found, gradient.numpy().copy()
+
+    def _ask(self, z: Tensor) -> tuple[float, Tensor]:
+        value = self._objective(z)
+        if not bool(torch.isfinite(value)):
+            return math.nan, torch.zeros(z.numel(), dtype=torch.float64)
+        (gradient,) = torch.autograd.grad(value, z)
+        return float(value.detach()), -(gradient * self._unit).reshape(-1).cpu()
