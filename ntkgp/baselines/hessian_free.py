@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 from torch.distributions import Distribution
-from tqdm.auto import tqdm
+from tqdm import tqdm
 
 from ntkgp.baselines.newton_cg import Minima, minimise
 from ntkgp.baselines.protocol import Baseline, check_entries, labelled, normal, observed

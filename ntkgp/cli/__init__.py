@@ -36,6 +36,10 @@ def main(argv: Sequence[str] | None = None) -> int:
             from ntkgp.cli.fit import FitOptions, run_fit
 
             run_fit(FitOptions(**options))
+        elif arguments.command == "ct":
+            from ntkgp.cli.ct import CTOptions, run_ct
+
+            run_ct(CTOptions(**options))
         else:
             from ntkgp.cli.compare import CompareOptions, run_compare
 
@@ -52,7 +56,7 @@ def _parser() -> argparse.ArgumentParser:
         prog="ntkgp", description="Turn a trained PyTorch network into a Gaussian process."
     )
     parser.add_argument("--version", action="version", version=f"ntkgp {_version()}")
-    commands = parser.add_subparsers(dest="command", required=True, metavar="demo | fit | compare")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="demo | fit | compare | ct")
     demo = commands.add_parser("demo", help="train three small networks on data shipped with scikit-learn and show")
     demo.add_argument("--out", type=Path, default=Path("ntkgp-demo"), help="folder for table and figure (%(default)s)")
     demo.add_argument("--seed", type=int, default=0, help="of splits, networks and training (%(default)s)")
@@ -81,7 +85,49 @@ def _parser() -> argparse.ArgumentParser:
     compare.add_argument("--methods", nargs="+", metavar="NAME", help="default: all that need nothing more")
     compare.add_argument("--seed", type=int, default=0, help="of all that is random (%(default)s)")
     compare.add_argument("--time-limit", type=float, metavar="SECONDS", help="for each method")
+    _add_ct(
+        commands.add_parser(
+            "ct",
+            help="a tomogram with an error map",
+            description="Fit a deep image prior to a sinogram (or to the simulated scan of a slice in DICOM), make it "
+            "a Gaussian process by the model evidence, and write result.npz, report.txt and figure.png.",
+        )
+    )
     return parser
+
+
+def _add_ct(parser: argparse.ArgumentParser) -> None:
+    """Arguments of ``ntkgp ct``."""
+    source = parser.add_mutually_exclusive_group(required=True)
+    source.add_argument(
+        "--data",
+        type=Path,
+        metavar="FILE",
+        help=".npz, .mat or .h5 with sinogram (or counts, white, dark), angles or angles_degrees, and what "
+        "ntkgp.inverse.load_sinogram knows of the geometry; or a slice in DICOM, whose scan is simulated",
+    )
+    source.add_argument("--example", action="store_true", help="the slice CT_small.dcm of the package pydicom")
+    parser.add_argument("--out", type=Path, default=Path("ntkgp-ct"), help="folder for the results (%(default)s)")
+    parser.add_argument("--size", type=int, default=64, help="side of the image in pixels (%(default)s)")
+    parser.add_argument("--views", type=int, help="so many at equal distances (all of a sinogram, 30 of a slice)")
+    parser.add_argument("--noise", type=float, default=0.01, help="of a simulated scan: part of its mean (%(default)s)")
+    parser.add_argument("--layer", type=int, default=0, help="which of several detector rows (%(default)s)")
+    parser.add_argument("--binning", type=int, default=1, help="detectors that become one (%(default)s)")
+    parser.add_argument("--rotation-axis", type=float, metavar="COLUMN", help="detector column, before binning")
+    parser.add_argument(
+        "--groups",
+        choices=("single", "block", "layer", "normalization"),
+        default="single",
+        help="which weights share a prior precision (%(default)s)",
+    )
+    parser.add_argument(
+        "--at", choices=("theta_star", "theta_map"), default="theta_star", help="evidence at (%(default)s)"
+    )
+    parser.add_argument("--norm", choices=("group", "none"), default="group", help="of the U-Net (%(default)s)")
+    parser.add_argument("--output", choices=("linear", "sigmoid"), default="linear", help="of it (%(default)s)")
+    parser.add_argument("--iterations", type=int, default=20_000, help="of its fit at most (%(default)s)")
+    parser.add_argument("--max-memory", default="4GiB", help="for matrices (%(default)s)")
+    parser.add_argument("--seed", type=int, default=0, help="of all that is random (%(default)s)")
 
 
 def _add_inputs(parser: argparse.ArgumentParser) -> None:

@@ -13,8 +13,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.dropout import _DropoutNd
-from tqdm.auto import tqdm
+from tqdm import tqdm
 
+from ntkgp.inverse.geometry import Geometry
 from ntkgp.inverse.noise import checked_measurements, estimate_noise
 from ntkgp.inverse.operators import ForwardOperator
 from ntkgp.inverse.pilot import ImageNetwork, check_network, filled, pilot_image
@@ -23,6 +24,7 @@ from ntkgp.inverse.unet import UNet
 from ntkgp.linearization import LinearizedNetwork, ParameterGroups
 from ntkgp.linearization.frozen import private_copy
 from ntkgp.linearization.memory import parse_memory
+from ntkgp.linearization.network import GROUPS
 
 logger = logging.getLogger("ntkgp")
 
@@ -131,6 +133,9 @@ class DeepImagePrior:
         callback: Callable[[DeepImagePrior], None] | None = None,
         callback_every: int = 50,
     ) -> None:
+        if not isinstance(A, ForwardOperator):
+            hint = "; make it RayTransform(geometry)" if isinstance(A, Geometry) else ""
+            raise TypeError(f"A: expected a ntkgp.inverse.ForwardOperator, got {type(A).__name__}{hint}")
         if stop not in STOPS:
             raise ValueError(f"stop: expected one of {STOPS}, got {stop!r}")
         if not (isinstance(input, Tensor) or input in INPUTS):
@@ -220,9 +225,11 @@ class DeepImagePrior:
             network (of the U-Net: ``inc``, ``down{i}``, ``skip{i}``, ``up{i}``, ``out``).
         :param parameters: ``"all"``, or ``"convolutions"`` for the kernels of convolutions only, as bayes_dip has it.
         :param options: of :class:`~ntkgp.LinearizedNetwork`.
-        :raises ValueError: an unknown choice of parameters, or no convolution.
+        :raises ValueError: an unknown choice of groups or parameters, or no convolution.
         """
         net = self.net
+        if isinstance(groups, str) and groups not in (*GROUPS, "block"):
+            raise ValueError(f"groups: expected one of {(*GROUPS, 'block')} or a ntkgp.ParameterGroups, got {groups!r}")
         if parameters not in ("all", "convolutions"):
             raise ValueError(f"parameters: expected 'all' or 'convolutions', got {parameters!r}")
         if parameters == "convolutions":

@@ -168,15 +168,18 @@ def load_dicom(path: str | Path, water: float = WATER) -> AttenuationImage:
     :param path: the file.
     :param water: :math:`\mu_w` per mm; 0.02 at about 65 keV.
     :raises ImportError: without the package ``pydicom``.
-    :raises ValueError: another modality than CT, several frames, no rescaling to Hounsfield units, pixels that are not
-        square.
+    :raises ValueError: no DICOM file, another modality than CT, several frames, no rescaling to Hounsfield units,
+        pixels that are not square.
 
     Padding outside the scanned circle (``PixelPaddingValue``) becomes air, −1000 HU.
     """
     pydicom = optional("pydicom", "ntkgp[ct]")
     if not (math.isfinite(water) and water > 0):
         raise ValueError(f"water: expected a positive attenuation per mm, got {water!r}")
-    record = pydicom.dcmread(path)
+    try:
+        record = pydicom.dcmread(path)
+    except pydicom.errors.InvalidDicomError as reason:
+        raise ValueError(f"path: {path} is not a DICOM file") from reason
     if getattr(record, "Modality", None) != "CT":
         raise ValueError(f"path: expected a CT slice, got the modality {getattr(record, 'Modality', None)!r} in {path}")
     if not (hasattr(record, "RescaleSlope") and hasattr(record, "RescaleIntercept")):
@@ -221,7 +224,8 @@ def load_sinogram(
     (``CtDataLimited``) are understood as they are.
 
     :param path: ``.npz``, ``.mat`` (version 5 by scipy, 7.3 by h5py), ``.h5`` or ``.hdf5``.
-    :param image_shape: (H, W) to reconstruct; from the file by default.
+    :param image_shape: (H, W) to reconstruct; from the file by default. Where the file holds another shape with its
+        pixel size, the pixels become those that cover the same width.
     :param layer: which of several detector rows.
     :param binning: so many detectors become one: counts are added before the logarithm, line integrals averaged.
         Columns that do not fill a bin are dropped.
@@ -252,6 +256,8 @@ def load_sinogram(
         found.pop("rotation_axis", None)
     found.update(settings)
     if image_shape is not None:
+        if "pixel_size" not in settings:
+            _keep_field(found, image_shape)
         found["image_shape"] = image_shape
     if "image_shape" not in found:
         raise ValueError(f"image_shape: expected (H, W), which {path} does not hold")
@@ -260,6 +266,18 @@ def load_sinogram(
     data, variance = _data(found, path, layer, binning, gain, minimum)
     columns = np.shape(found["sinogram"] if "sinogram" in found else found["counts"])[-1]
     return Sinogram(data, _geometry(found, path, columns, binning), variance)
+
+
+def _keep_field(found: dict[str, Any], image_shape: Sequence[int]) -> None:
+    """Pixels of another size where there are to be more or fewer of them than in the file."""
+    held, wanted = as_shape(tuple(np.ravel(found.get("image_shape", ())).tolist())), as_shape(image_shape)
+    if "pixel_size" not in found or not held or not wanted or held[-1] == wanted[-1]:
+        return
+    size = float(np.squeeze(found["pixel_size"]))
+    if "detector_size" not in found:
+        fan = [float(np.squeeze(found[n])) for n in ("source_detector", "source_origin") if n in found]
+        found["detector_size"] = size * (fan[0] / fan[1] if len(fan) == 2 else 1.0)
+    found["pixel_size"] = size * held[-1] / wanted[-1]
 
 
 def save_sinogram(path: str | Path, sinogram: Sinogram) -> None:

@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from tqdm.auto import tqdm
+from tqdm import tqdm
 
 from ntkgp.baselines.references import minimum
 from ntkgp.inverse.operators import ForwardOperator

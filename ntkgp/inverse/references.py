@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from gpytorch.likelihoods import GaussianLikelihood
 from torch import Tensor
-from tqdm.auto import tqdm
+from tqdm import tqdm
 
 from ntkgp.evidence import fit_evidence
 from ntkgp.inverse.adapters import to_cuqi

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from tqdm.auto import tqdm
+from tqdm import tqdm
 
 from ntkgp.linearization import LinearizedNetwork
 from ntkgp.linearization.memory import parse_memory
@@ -361,7 +361,10 @@ def _check_log_precision(log_precision: Tensor, num_groups: int | None) -> None:
     """Refuse anything but a vector of the right length."""
     shape = tuple(log_precision.shape)
     if log_precision.dim() != 1 or (num_groups is not None and shape != (num_groups,)):
-        raise ValueError(f"log_precision: expected shape ({'G' if num_groups is None else num_groups},), got {shape}")
+        hint = "" if num_groups is None else "; the prior was made for other groups than the model's"
+        raise ValueError(
+            f"log_precision: expected shape ({'G' if num_groups is None else num_groups},), got {shape}{hint}"
+        )
 
 
 def collapse_warnings(

@@ -205,6 +205,8 @@ def test_the_tangent_model_is_of_the_reconstruction(fitted, groups):
     assert kernels.num_parameters == sum(m.weight.numel() for m in UNet(**SMALL).modules() if isinstance(m, nn.Conv2d))
     with pytest.raises(ValueError, match="parameters: expected"):
         fitted.linearize(parameters="biases")
+    with pytest.raises(ValueError, match=r"groups: expected one of .*'block'.* got 'blocks'"):
+        fitted.linearize("blocks")
 
 
 def test_the_tangent_model_is_in_units_of_the_image(tomography):
@@ -408,7 +410,9 @@ def test_bad_measurements_are_refused(tomography):
     with pytest.raises(ValueError, match=r"1 of .* NaN or infinite"):
         DeepImagePrior(A).fit(torch.where(torch.arange(y.numel()).reshape(y.shape) == 3, math.nan, y))
     with pytest.raises(TypeError, match=r"A: expected a ntkgp\.inverse\.ForwardOperator"):
-        DeepImagePrior(lambda x: x).fit(y)
+        DeepImagePrior(lambda x: x)
+    with pytest.raises(TypeError, match=r"got ParallelBeam; make it RayTransform\(geometry\)"):
+        DeepImagePrior(A.geometry)
     with pytest.raises(ValueError, match="has no method fbp"):
         DeepImagePrior(DenseOperator(torch.eye(9), (3, 3), (3, 3)), input="fbp", noise=1.0).fit(torch.rand(3, 3))
     with pytest.raises(ValueError, match="the U-Net needs images"):

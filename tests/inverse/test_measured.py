@@ -384,3 +384,18 @@ def test_pydicom_itself() -> None:
     assert found.pixel_size == pytest.approx(0.661468)
     assert float(found.hounsfield.min()) >= -1024
     assert 0.02 < float(found.attenuation.max()) < 0.06
+
+
+@pytest.mark.parametrize("fan", [False, True])
+@pytest.mark.parametrize("stored", [False, True])
+def test_more_pixels_than_the_file_has_cover_the_same_field(tmp_path, fan, stored):
+    angles, beam = torch.arange(4) * 0.7, {"source_origin": 40.0, "source_detector": 60.0} if fan else {}
+    geometry = (FanBeam if fan else ParallelBeam)((8, 8), angles, 13, pixel_size=1.5, **beam)
+    path = tmp_path / "scan.npz"
+    arrays = {"sinogram": np.ones((4, 13)), "angles": angles.numpy(), "image_shape": (8, 8), "pixel_size": 1.5, **beam}
+    np.savez(path, **arrays, **({"detector_size": geometry.detector_size} if stored else {}))
+    found = load_sinogram(path, (16, 16)).geometry
+    assert found.pixel_size == pytest.approx(0.75)
+    assert found.detector_size == pytest.approx(geometry.detector_size)
+    assert load_sinogram(path).geometry.pixel_size == 1.5
+    assert load_sinogram(path, (16, 16), pixel_size=1.0).geometry.pixel_size == 1.0

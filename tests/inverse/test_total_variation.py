@@ -171,7 +171,7 @@ def test_predcp_refuses(problem):
         TVPredCP(lin, x, 0.0)
     with pytest.raises(ValueError, match="form: expected one of"):
         TVPredCP(lin, x, 1.0, form="sampled")
-    with pytest.raises(ValueError, match=r"log_precision: expected shape \(2,\)"):
+    with pytest.raises(ValueError, match=r"log_precision: expected shape \(2,\), got \(3,\); the prior"):
         TVPredCP(lin, x, 1.0).log_density(torch.zeros(3))
     with pytest.raises(ValueError, match="x: expected one input"):
         difference_variances(lin, torch.cat([x, x]))
