@@ -20,6 +20,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, IterableDataset
 
+from ntkgp.fingerprint import fingerprint, tensor_bytes
+
 logger = logging.getLogger("ntkgp")
 
 FORMAT = "ntkgp checkpoint"
@@ -41,7 +43,8 @@ def digest(value: Any) -> str:
 
     Tensors count by dtype, shape and bytes, wherever they are; mappings in any order of their keys; data classes by
     their fields; modules by their structure and state; Datasets and DataLoaders by their rows, in the order of the
-    dataset; functions, classes and all other objects by the name of their class alone.
+    dataset; functions, classes and all other objects by what :func:`~ntkgp.fingerprint.fingerprint` reads of
+    them.
 
     :param value: anything.
 
@@ -58,9 +61,8 @@ def digest(value: Any) -> str:
 def _feed(found: Any, value: Any) -> None:
     """Add a value to a hash; every part is closed by a mark, so that no two values run into each other."""
     if isinstance(value, Tensor):
-        plain = value.detach().to("cpu").contiguous()
-        found.update(f"tensor {plain.dtype} {tuple(plain.shape)}:".encode())
-        found.update(plain.reshape(-1).view(torch.uint8).numpy().data if plain.numel() else b"")
+        found.update(f"tensor {value.dtype} {tuple(value.shape)}:".encode())
+        found.update(tensor_bytes(value))
     elif isinstance(value, Mapping):
         found.update(f"map {len(value)}:".encode())
         for key in sorted(value, key=repr):
@@ -81,8 +83,7 @@ def _feed(found: Any, value: Any) -> None:
         fields = {field.name: getattr(value, field.name) for field in dataclasses.fields(value)}
         _feed(found, [type(value).__qualname__, fields])
     else:
-        named = value if callable(value) and hasattr(value, "__qualname__") else type(value)
-        _feed(found, f"{getattr(named, '__module__', '')}.{getattr(named, '__qualname__', named)}")
+        _feed(found, fingerprint(value))
 
 
 def _feed_rows(found: Any, data: Any) -> None:

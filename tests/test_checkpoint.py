@@ -400,3 +400,14 @@ def test_other_threads_install_no_handler(tmp_path, received):
     thread.join()
     assert found == [handler]
     assert state_in(tmp_path) == {"step": 1}
+
+
+def test_options_that_differ_only_in_code_or_attributes_have_other_digests() -> None:
+    class Option:
+        def __init__(self, rate):
+            self.rate = rate
+
+    assert digest(lambda x: x + 1) != digest(lambda x: x + 2)
+    assert digest(Option(1)) != digest(Option(2))
+    assert digest({"prior": Option(1)}) == digest({"prior": Option(1)})
+    assert digest(torch.arange(8.0)[::4][:1]) == digest(torch.zeros(1))

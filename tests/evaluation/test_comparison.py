@@ -24,9 +24,9 @@ from ntkgp.baselines import Laplace, Point
 from ntkgp.cli.inputs import CommandError, load_data
 from ntkgp.evaluation import metrics
 from ntkgp.evaluation.comparison import Comparison, Method, Row, compare, isolation, method_names
-from ntkgp.evaluation.comparison.fingerprint import Unknowable, fingerprint
 from ntkgp.evaluation.comparison.methods import GaussianProcess
 from ntkgp.evaluation.comparison.scores import Scale, collect, score
+from ntkgp.fingerprint import Unknowable, fingerprint
 from tests import reference as ref
 
 comparing = sys.modules["ntkgp.evaluation.comparison.compare"]  # the package has a function of this name
@@ -441,7 +441,7 @@ def test_a_fingerprint_is_of_values_and_not_of_names_or_addresses(make) -> None:
 
 def test_a_fingerprint_is_the_same_in_another_process() -> None:
     code = (
-        "import torch; from torch import nn; from ntkgp.evaluation.comparison.fingerprint import fingerprint\n"
+        "import torch; from torch import nn; from ntkgp.fingerprint import fingerprint\n"
         "from ntkgp.evaluation.comparison import Method\n"
         "net = nn.Sequential(nn.Linear(2, 2), nn.BatchNorm1d(2))\n"
         "for p in net.parameters(): nn.init.ones_(p)\n"

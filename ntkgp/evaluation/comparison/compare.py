@@ -22,11 +22,11 @@ from tqdm import tqdm
 
 from ntkgp.baselines import Baseline
 from ntkgp.baselines.protocol import likelihood_of
-from ntkgp.evaluation.comparison.fingerprint import Unknowable, fingerprint
 from ntkgp.evaluation.comparison.isolation import Ended, Outcome, Unsendable, Workplace, attempt
 from ntkgp.evaluation.comparison.methods import GaussianProcess, Method, Predictor, default_methods
 from ntkgp.evaluation.comparison.results import Comparison, Row
 from ntkgp.evaluation.comparison.scores import Predicted, Scale, collect, score
+from ntkgp.fingerprint import Unknowable, fingerprint
 from ntkgp.linearization import LinearizedNetwork, ParameterGroups
 from ntkgp.linearization.frozen import private_copy
 from ntkgp.models.batches import Batches, collect_raw
@@ -89,7 +89,7 @@ def compare(
         memory and with a note.
     :param time_limit: seconds for each method, where it has a process of its own.
     :param folder: where results are kept: a second call with the same network, data and options takes them from there,
-        by :func:`~ntkgp.evaluation.comparison.fingerprint.fingerprint`. Failures are tried again.
+        by :func:`~ntkgp.fingerprint.fingerprint`. Failures are tried again.
     :param name: of the data set, for :meth:`Comparison.joined`; ``"set/3"`` is split 3 of a set.
     :param progress: show a progress bar.
     :return: :class:`Comparison`. A method that failed is a row that says why.

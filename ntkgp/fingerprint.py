@@ -16,7 +16,6 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
 from ntkgp.linearization.packing import tree_flatten
-from ntkgp.models.batches import collect_raw
 
 _PLAIN = (NoneType, bool, int, float, complex, str, bytes, EllipsisType)
 _NAMED = (torch.dtype, torch.device, torch.layout, torch.memory_format, numpy.dtype)
@@ -184,13 +183,21 @@ def _bytes(value: Tensor) -> numpy.ndarray:
     return plain.clone(memory_format=torch.contiguous_format).view(torch.uint8).numpy().reshape(rows, -1)
 
 
+def tensor_bytes(value: Tensor) -> bytes:
+    """The numbers of a tensor, wherever it is and however it is strided."""
+    return _bytes(value).tobytes()
+
+
 def _tensor(value: Tensor) -> Iterator[str | bytes]:
     yield from ("tensor", str(value.dtype), str(tuple(value.shape)), str(value.requires_grad and value.is_leaf))
-    yield _bytes(value).tobytes()
+    yield tensor_bytes(value)
 
 
 def _rows(data: DataLoader | Dataset) -> Iterator[str | bytes]:
     """Rows in an order of their own: a loader may shuffle."""
+    # The rooms above this one must not be imported at the top.
+    from ntkgp.models.batches import collect_raw
+
     try:
         found = collect_raw(data)
     except Exception as error:
