@@ -24,6 +24,8 @@ _LEAST_STRIP = 128
 _PANEL = 64
 # Bytes of Jacobian rows at a time: products of this size run at full speed.
 _MOST_ROWS = 2**27
+# Bytes of Jacobian rows that are made at a time: what stays in the cache is written once.
+_ROWS_MADE = 2**24
 
 
 def rows_at_a_time(lin: LinearizedNetwork, budget: int) -> int:
@@ -44,20 +46,26 @@ def jacobian_rows(lin: LinearizedNetwork, x: Tensor, budget: int = 2**31, keep_g
     Cost: one forward pass and C backward chains per row, N·C·P multiplications; N·C·P numbers and, on the way, as many
     as the largest layer's rows again.
     """
-    while True:
+    row = 8 * lin.num_outputs * lin.num_parameters
+    out = torch.zeros(len(x), lin.num_outputs, lin.num_parameters, dtype=torch.float64, device=x.device)
+    start, most = 0, len(x) if keep_graph else max(1, _ROWS_MADE // row)
+    while start < len(x):
+        piece = slice(start, start + most)
         try:
-            return _rows(lin, x, budget, keep_graph)
+            _write_rows(lin, x[piece], out[piece], budget, keep_graph)
+            start += most
         except Deviation as deviation:
             lin.engine.plan.distrust(deviation.names)
+            out, start = torch.zeros_like(out), 0
+    return out
 
 
-def _rows(lin: LinearizedNetwork, x: Tensor, budget: int, keep_graph: bool) -> Tensor:
+def _write_rows(lin: LinearizedNetwork, x: Tensor, out: Tensor, budget: int, keep_graph: bool) -> None:
     plan = lin.engine.plan
     slots = arrange(lin, plan, set())
     block = build(lin, plan, x, slots, budget, keep_graph=keep_graph)
     sizes = {name: p.numel() for name, p in lin.frozen.theta.items()}
     ends = dict(zip(sizes, torch.tensor(list(sizes.values())).cumsum(0).tolist(), strict=True))
-    out = torch.zeros(len(x), lin.num_outputs, lin.num_parameters, dtype=torch.float64, device=x.device)
     for slot, term in zip(slots, block.terms, strict=True):
         rows = _double(term).dense()
         if slot.factored and len(slot.names) == 2:
@@ -67,7 +75,6 @@ def _rows(lin: LinearizedNetwork, x: Tensor, budget: int, keep_graph: bool) -> T
             parts = rows.split([sizes[name] for name in slot.names], dim=-1)
         for name, part in zip(slot.names, parts, strict=True):
             out[..., ends[name] - sizes[name] : ends[name]] = part
-    return out
 
 
 def _double(term: Term) -> Term:
