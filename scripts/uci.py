@@ -13,10 +13,11 @@ error that noise does not know.
 
 Scores are test NLL, RMSE and CRPS in original units: mean ± standard error over the published standard and gap splits.
 
-    python scripts/uci.py [--quick] [--sets ...] [--data FOLDER] [--out docs/results] [--workers 2]
+    python scripts/uci.py [--quick] [--sets ...] [--retry] [--data FOLDER] [--out docs/results] [--workers 2]
 
 FOLDER holds uci/<name>.npz with the published splits; without it the script says so and stops. What uci.csv in the
-output folder already has is not computed again: an interrupted run goes on when it is called again.
+output folder already has is not computed again: an interrupted run goes on when it is called again. With --retry, the
+rows that failed are computed again first.
 """
 
 from __future__ import annotations
@@ -37,7 +38,7 @@ from torch import Tensor, nn
 import ntkgp
 from ntkgp.evaluation.comparison import Comparison, Method, compare
 from ntkgp.evaluation.comparison.methods import GaussianProcess
-from ntkgp.evaluation.datasets import RegressionData, uci
+from ntkgp.evaluation.datasets import RegressionData, UCIData, uci
 from ntkgp.evaluation.training import seeded
 from ntkgp.models.variational import VariationalNTKGP, kmeans_inducing_points
 
@@ -45,8 +46,12 @@ SETS = ("boston", "concrete", "wine", "power", "naval", "protein")
 OURS = "GP θ⋆, posterior mean"
 STEPS, BATCH, MEMBERS, INDUCING, PILOT = 1500, 1000, 5, 200, 2000
 START = 1e-5
+# Columns that are constant for all of the data have no gap.
+NO_GAP = {("naval", "gap", 8), ("naval", "gap", 11)}
 COLUMNS = ("nll", "rmse", "crps", "coverage", "seconds")
+FIRST = "GP θ⋆, network mean"
 Data = tuple[Tensor, Tensor]
+Job = tuple[str, str, int, str, tuple[str, ...]]
 
 
 def network(width: int, dropout: float = 0.0) -> nn.Sequential:
@@ -144,7 +149,7 @@ class Split:
         validation = (self.train[0][:held], self.train[1][:held])
         layers = {} if size > PILOT else {"GP θ⋆, λ per layer": Method("gp", groups="layer")}
         return {
-            "GP θ⋆, network mean": self.process,
+            FIRST: self.process,
             OURS: self.posterior_mean,
             "GP θ̃": self.at_map,
             **layers,
@@ -174,16 +179,42 @@ def prior_of(model: Any) -> dict[str, Tensor]:
     }  # fmt: skip
 
 
-def work(job: tuple[str, str, int, str]) -> Comparison:
-    name, kind, index, folder = job
+def work(job: Job) -> Comparison:
+    """One split: all methods, or those named, which may need the prior of the first."""
+    name, kind, index, folder, only = job
     torch.set_num_threads(1)
     source = uci(name, folder)
     data = (source.standard if kind == "standard" else source.gap)(index, torch.float64)
     split = Split(data)
-    return compare(
-        split.net, split.train, (data.x_test, data.y_test.reshape(-1, 1)), split.methods(), groups="single",
+    methods = split.methods()
+    chosen = {label: methods[label] for label in methods if not only or label in (FIRST, *only)}
+    found = compare(
+        split.net, split.train, (data.x_test, data.y_test.reshape(-1, 1)), chosen, groups="single",
         target_scale=(data.target_mean, data.target_std), isolate=False, name=f"{name} {kind}/{index}",
     )  # fmt: skip
+    return Comparison([row for row in found.rows if not only or row.method in only], "regression")
+
+
+def jobs_of(sets: dict[str, UCIData], found: Comparison, folder: Path, quick: bool, retry: bool) -> list[Job]:
+    """The rows that failed, if they are wanted again, then the splits that are not there yet."""
+    failed: dict[str, tuple[str, ...]] = {}
+    for method, data in found.failures if retry else {}:
+        failed[data] = (*failed.get(data, ()), method)
+    again = []
+    for data, only in failed.items():
+        name, kind, index = data.replace("/", " ").split(" ")
+        if name in sets:
+            again.append((name, kind, int(index), str(folder), only))
+    there = {row.data for row in found.rows}
+    kinds = sorted(product(sets, ("standard", "gap")), key=lambda pair: (pair[0] in SETS[3:], pair[1] == "gap"))
+    new = [
+        (name, kind, index, str(folder), ())
+        for name, kind in kinds
+        for index in range(len(sets[name].standard_splits if kind == "standard" else sets[name].gap_splits))
+        if f"{name} {kind}/{index}" not in there
+        and (name, kind, index) not in NO_GAP and (not quick or index < 2)
+    ]  # fmt: skip
+    return [*again, *new]
 
 
 def report(found: Comparison, seconds: float | None) -> str:
@@ -216,6 +247,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="two splits of each kind of the three small sets")
     parser.add_argument("--sets", nargs="+", default=list(SETS))
+    parser.add_argument("--retry", action="store_true", help="the rows that failed, again")
     parser.add_argument("--data", type=Path, default=Path(__file__).resolve().parents[1] / ".." / "shared" / "data")
     parser.add_argument("--out", type=Path, default=Path("docs/results"))
     parser.add_argument("--workers", type=int, default=2)
@@ -228,29 +260,18 @@ def main() -> None:
         return
     arguments.out.mkdir(parents=True, exist_ok=True)
     path = arguments.out / ("uci_quick.csv" if arguments.quick else "uci.csv")
-    parts = [Comparison.from_csv(path, "regression")] if path.is_file() else []
-    done = {row.data for part in parts for row in part.rows}
-    # Columns that are constant for all of the data have no gap.
-    jobs = [
-        (name, kind, index, str(arguments.data))
-        for name, kind in sorted(
-            product(sets, ("standard", "gap")), key=lambda pair: (pair[0] in SETS[3:], pair[1] == "gap")
-        )
-        for data in (sets[name],)
-        for index in range(len(data.standard_splits if kind == "standard" else data.gap_splits))
-        if f"{name} {kind}/{index}" not in done
-        and not (kind == "gap" and name == "naval" and index in (8, 11))
-        and (not arguments.quick or index < 2)
-    ]
+    whole = Comparison.from_csv(path, "regression") if path.is_file() else Comparison([], "regression")
+    jobs = jobs_of(sets, whole, arguments.data, arguments.quick, arguments.retry)
     start = time.perf_counter()
     with multiprocessing.get_context("spawn").Pool(arguments.workers) as pool:
         for count, found in enumerate(pool.imap_unordered(work, jobs), 1):
-            parts.append(found)
+            new = {(row.method, row.data) for row in found.rows}
+            kept = Comparison([row for row in whole.rows if (row.method, row.data) not in new], "regression")
+            whole = Comparison.joined([kept, found])
             part = path.with_suffix(".part")
-            Comparison.joined(parts).to_csv(part)
+            whole.to_csv(part)
             part.replace(path)
             print(f"[{count}/{len(jobs)}] {found.rows[0].data}: {time.perf_counter() - start:.0f} s", flush=True)
-    whole = Comparison.joined(parts)
     text = report(whole, time.perf_counter() - start if jobs else None)
     print(text)
     path.with_suffix(".md").write_text(text + "\n", encoding="utf-8")
