@@ -141,14 +141,20 @@ class Split:
 
         return build
 
-    def methods(self) -> dict[str, Any]:
-        """By label; the exact model first, for others take its prior."""
+    def methods(self, only: tuple[str, ...] = ()) -> dict[str, Any]:
+        """By label; the exact model first, for others take its prior. All, or it and those named."""
         size = len(self.train[0])
         held = size // 10
         kept = (self.train[0][held:], self.train[1][held:])
         validation = (self.train[0][:held], self.train[1][:held])
+        trained = {
+            "network, σ validated": lambda: Method(
+                "network-validated", net=self.trainer.new(kept), validation=validation
+            ),
+            "MC dropout": lambda: Method("dropout", net=self.trainer.new(self.train, 0.05)),
+        }
         layers = {} if size > PILOT else {"GP θ⋆, λ per layer": Method("gp", groups="layer")}
-        return {
+        methods = {
             FIRST: self.process,
             OURS: self.posterior_mean,
             "GP θ̃": self.at_map,
@@ -156,9 +162,9 @@ class Split:
             "ELLA": "gp-nystrom",
             "VaLLA": self.valla,
             "network": "network",
-            "network, σ validated": Method("network-validated", net=self.trainer.new(kept), validation=validation),
+            "network, σ validated": None,
             "deep ensemble": Method("ensemble", train=self.trainer, size=MEMBERS),
-            "MC dropout": Method("dropout", net=self.trainer.new(self.train, 0.05)),
+            "MC dropout": None,
             "SWAG": Method("swag", batch_size=128 if size > 1000 else 32),
             "Laplace KFAC": Method("laplace-kfac", groups="layer"),
             "Laplace diagonal": Method("laplace-diagonal"),
@@ -170,6 +176,8 @@ class Split:
             "VL": Method("vl", epochs=math.ceil(1500 / math.ceil(size / 128))),
             "prior only": self.at_our_prior("prior-only"),
         }
+        chosen = [label for label in methods if not only or label in (FIRST, *only)]
+        return {label: trained[label]() if label in trained else methods[label] for label in chosen}
 
 
 def prior_of(model: Any) -> dict[str, Tensor]:
@@ -186,10 +194,8 @@ def work(job: Job) -> Comparison:
     source = uci(name, folder)
     data = (source.standard if kind == "standard" else source.gap)(index, torch.float64)
     split = Split(data)
-    methods = split.methods()
-    chosen = {label: methods[label] for label in methods if not only or label in (FIRST, *only)}
     found = compare(
-        split.net, split.train, (data.x_test, data.y_test.reshape(-1, 1)), chosen, groups="single",
+        split.net, split.train, (data.x_test, data.y_test.reshape(-1, 1)), split.methods(only), groups="single",
         target_scale=(data.target_mean, data.target_std), isolate=False, name=f"{name} {kind}/{index}",
     )  # fmt: skip
     return Comparison([row for row in found.rows if not only or row.method in only], "regression")
