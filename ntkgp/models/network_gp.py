@@ -67,13 +67,17 @@ class NetworkGP(Conditionable):
 
         :param path: a file; written whole or not at all.
         :param training_data: whether the training inputs and targets are written too.
-        :raises ValueError: an :class:`~ntkgp.ExactNTKGP` in data space without its training data, whose inputs every
-            prediction needs; data of a DataLoader, which are not the model's.
+        :raises ValueError: an :class:`~ntkgp.ExactNTKGP` in data space, or an :class:`~ntkgp.InverseNTKGP`, without its
+            training data, which every prediction needs; data of a DataLoader, which are not the model's.
         :raises TypeError: a model without a file format.
         """
         from ntkgp.models.saving import save
 
         save(self, path, training_data)
+
+    def _network_of_file(self) -> LinearizedNetwork:
+        """The network that a file is bound to."""
+        return self.lin
 
     def _inputs(self, x: Any) -> Tensor:
         """Raw or packed inputs as packed float64, packed ones with any batch dimensions."""

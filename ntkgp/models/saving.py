@@ -39,7 +39,8 @@ def save(model: Any, path: str | os.PathLike[str], training_data: bool = False) 
     if type(model) not in _classes().values():
         # What a class inherits says nothing of what it adds.
         raise TypeError(f"{type(model).__name__} has no file format; keep its state_dict() and what it was made of")
-    lin = model.lin
+    # Of an image, its network: that of the measurements is made of it again.
+    lin = model._network_of_file()
     options = model._saved(bool(training_data))
     frozen = lin.frozen.module(lin.frozen.device).state_dict()
     state = plain(
@@ -70,6 +71,7 @@ def load(
     example: Any = None,
     output: Callable[[Any], Tensor] | None = None,
     likelihood: Likelihood | None = None,
+    operator: Any = None,
 ) -> Any:
     """A model from the file that ``model.save(path)`` wrote, on its network.
 
@@ -80,6 +82,7 @@ def load(
         otherwise numbers of the same size and kind are made up for the network's checks.
     :param output: as of :class:`~ntkgp.LinearizedNetwork`, if it was made with one: functions are in no file.
     :param likelihood: one like the model's, where its class, priors or constraints are not the library's or GPyTorch's.
+    :param operator: the forward operator A of an :class:`~ntkgp.InverseNTKGP`, which is in no file.
     :return: the model, of the class that was saved, in the mode (train or eval) that it was in. Predictions are the
         same bit by bit for the same device and dtype.
     :raises ValueError: another network (with the names of the parameters that differ), a broken or foreign file.
@@ -120,7 +123,13 @@ def load(
             )
         likelihood = _likelihood(state["likelihood"])
     kind = _classes()[state["class"]]
-    model = kind._from_saved(lin, likelihood, moved_to(state["options"], device)).to(device)
+    options = moved_to(state["options"], device)
+    if (state["class"] == "InverseNTKGP") != (operator is not None):
+        wanted = "none" if operator is not None else "the forward operator of its measurements"
+        raise ValueError(f"operator: {path} holds a model of class {state['class']}, expected {wanted}")
+    if operator is not None:
+        options["operator"] = operator
+    model = kind._from_saved(lin, likelihood, options).to(device)
     model.load_state_dict(moved_to(state["tensors"], device))
     return model.train(state["training"])
 

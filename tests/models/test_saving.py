@@ -15,6 +15,7 @@ from torch.utils.data import DataLoader, TensorDataset
 import ntkgp
 from ntkgp.checkpoint import UnreadableFile
 from tests import killed_cases as cases
+from tests.models.inverse_problems import problem, rays
 
 AT = torch.linspace(-1, 1, 10, dtype=torch.float64).reshape(5, 2)
 
@@ -353,6 +354,38 @@ def test_models_without_a_format_say_so(tmp_path):
     with pytest.raises(TypeError, match="Own has no file format"):
         model.save(tmp_path / "model.pt", training_data=True)
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("form", ["dual", "primal", "matrix_free"])
+def test_the_model_of_an_image_needs_its_operator(form, tmp_path):
+    p = problem("conv")
+    weights = torch.linspace(0.5, 2.0, p.y.numel()).reshape(p.y.shape).double()
+    model = p.model(mean="posterior", form=form, weights=weights)
+    path = tmp_path / "model.pt"
+    with pytest.raises(ValueError, match="training_data: a prediction needs the measurements"):
+        model.save(path)
+    model.save(path, training_data=True)
+    again = ntkgp.load(path, p.net, operator=p.A)
+    assert type(again) is ntkgp.InverseNTKGP
+    assert again.form == form
+    one, two = model.eval()(), again.eval()()
+    torch.testing.assert_close(two.mean, one.mean, rtol=1e-9, atol=1e-9)
+    torch.testing.assert_close(two.variance, one.variance, rtol=1e-6, atol=1e-9)
+    torch.testing.assert_close(again.noise_variance, model.noise_variance, rtol=1e-12, atol=0)
+    with pytest.raises(ValueError, match=r"operator: .* expected the forward operator of its measurements"):
+        ntkgp.load(path, p.net)
+    with pytest.raises(ValueError, match=r"operator: it measures the image .* otherwise"):
+        ntkgp.load(path, p.net, operator=rays(6, 5, seed=9))
+    fitted("primal").save(tmp_path / "other.pt")
+    with pytest.raises(ValueError, match="holds a model of class ExactNTKGP, expected none"):
+        ntkgp.load(tmp_path / "other.pt", cases.network(), operator=p.A)
+
+
+def test_priors_with_coordinates_of_their_own_are_in_no_file(tmp_path):
+    p = problem("conv")
+    model = ntkgp.InverseNTKGP(p.y, p.A, gpytorch.likelihoods.GaussianLikelihood(), ntkgp.inverse.g_prior(p.lin, p.A))
+    with pytest.raises(TypeError, match=r"coordinates of its own \(g_prior, filter_prior\)"):
+        model.save(tmp_path / "model.pt", training_data=True)
 
 
 def test_nothing_of_the_model_or_of_the_global_state_changes(tmp_path):

@@ -21,7 +21,7 @@ from ntkgp.models.exact import ExactNTKGP
 from ntkgp.models.forms import Form
 from ntkgp.models.inverse.checks import check_operator, image_input, measurements, root_weights
 from ntkgp.models.inverse.iterative import IterativeSide, SolvedReduction
-from ntkgp.models.inverse.measured import MeasuredNetwork
+from ntkgp.models.inverse.measured import DerivedNetwork, MeasuredNetwork
 from ntkgp.models.noise import has_fixed_noise
 from ntkgp.models.posterior import PosteriorCovariance
 from ntkgp.operators import NetworkHandle, NeuralTangentOperator
@@ -232,6 +232,43 @@ class InverseNTKGP(ExactNTKGP):
             flat, roots = measurements(targets, self.operator, "targets").to(self._rows), self.lin.shared.root_weights
             targets = flat if roots is None else flat * roots
         super().set_train_data(inputs, targets, strict)
+
+    def _network_of_file(self) -> LinearizedNetwork:
+        if isinstance(self.lin.base, DerivedNetwork):
+            raise TypeError(
+                "the prior has coordinates of its own (g_prior, filter_prior), which no file holds; keep state_dict() "
+                "and make the model again"
+            )
+        return self.lin.base
+
+    def _saved(self, training_data: bool) -> dict[str, Any]:
+        """What the model is made of again but for its network, likelihood and operator."""
+        if not training_data:
+            raise ValueError(
+                "training_data: a prediction needs the measurements; save the model with training_data=True"
+            )
+        roots = self.lin.shared.root_weights
+        y: Any = self.train_targets
+        y = y if roots is None else y / roots
+        return {
+            "seen": self._seen(), "x": self.lin.shared.x, "y": y,
+            "weights": None if roots is None else roots.square(),
+            "model": {"mean": self.mean, "max_memory": self.max_memory, "form": self._inverse_form},
+        }  # fmt: skip
+
+    @classmethod
+    def _from_saved(cls, lin: LinearizedNetwork, likelihood: Any, state: dict[str, Any]) -> InverseNTKGP:
+        """Inverse of :meth:`_saved`, with the operator in its place."""
+        A, seen, options = state["operator"], state["seen"], state["model"]
+        weights = state["weights"]
+        model = cls(state["y"], A, likelihood, lin, weights=weights, x=state["x"], **options)
+        if not torch.allclose(model._seen(), seen, rtol=1e-4, atol=1e-4 * float(seen.abs().max())):
+            raise ValueError("operator: it measures the image of the network otherwise than the operator of the file")
+        return model
+
+    def _seen(self) -> Tensor:
+        """A f(θ̃), flat."""
+        return self.lin(self._rows)[:, 0]
 
     def __call__(self, x: Any = None, **kwargs: Any) -> MultivariateNormal:
         """Train mode: the prior of the measurements. Eval mode: the posterior of the pixels, or of what x says.
