@@ -223,10 +223,41 @@ def jobs_of(sets: dict[str, UCIData], found: Comparison, folder: Path, quick: bo
     return [*again, *new]
 
 
+def summary(found: Comparison) -> list[str]:
+    """NLL of ours and of the best on every set, and mean ranks over the standard sets and over the gaps."""
+    lines = [
+        "## Summary of NLL",
+        "",
+        "| data | splits | ours | best other | its NLL |",
+        "| --- | --: | --: | --- | --: |",
+    ]
+    for data in found.datasets:
+        count = len({row.data for row in found.rows if row.data.split("/")[0] == data})
+        others = {m: found.summary("nll", m, data) for m in found.methods if m != OURS}
+        whole = {m: value for m, value in others.items() if value[2] == count}
+        best = min(whole, key=lambda m: whole[m][0])
+        (ours, error, _), (theirs, their_error, _) = found.summary("nll", OURS, data), whole[best]
+        lines.append(f"| {data} | {count} | {ours:.3f} ± {error:.3f} | {best} | {theirs:.3f} ± {their_error:.3f} |")
+    lines += ["", f"Ours: {OURS}. Mean ranks of NLL, 1 is best; a method that failed on a split ranks last:", ""]
+    ranks: dict[str, dict[str, float]] = {}
+    for kind in ("standard", "gap"):
+        rows = [row for row in found.rows if row.data.split("/")[0].endswith(kind)]
+        part = Comparison(rows, "regression")
+        if len(part.datasets) > 1:
+            test = part.rank_test("nll")
+            ranks[kind] = dict(zip(test.names, test.average.tolist(), strict=True))
+    lines += [f"| method | {' | '.join(ranks)} |", "| --- " + "| --: " * len(ranks) + "|"]
+    names = {name: None for kind in ranks for name in sorted(ranks[kind], key=ranks[kind].__getitem__)}
+    for name in names:
+        lines.append(f"| {name} | {' | '.join(f'{r[name]:.1f}' if name in r else '' for r in ranks.values())} |")
+    return [*lines, ""]
+
+
 def report(found: Comparison, seconds: float | None) -> str:
     """Tables per set, the counts that matter, and what failed."""
     lines = ["# UCI regression: all methods", "", (__doc__ or "").split("\n\n")[1].replace("\n", " "), "",
-             "`*` best, `°` within one standard error of the best. Command: `python scripts/uci.py`.", ""]  # fmt: skip
+             "`*` best, `°` within one standard error of the best. Command: `python scripts/uci.py`.", "",
+             *summary(found)]  # fmt: skip
     for data in found.datasets:
         part = Comparison([row for row in found.rows if row.data.split("/")[0] == data], "regression")
         count = len({row.data for row in part.rows})
