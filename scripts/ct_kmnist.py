@@ -71,8 +71,8 @@ NETS: dict[str, dict[str, Any]] = {
 REFERENCES, TRAINED = "references", "trained references"
 # One after the other, a part for so many glyphs of each class: an interrupted run has what matters most.
 STAGES = (
-    ("GroupNorm, sigmoid", 1), ("no norm, sigmoid", 2), ("GroupNorm, sigmoid", 6), (REFERENCES, 6),
-    ("GroupNorm, linear", 1), ("no norm, linear", 1), ("no norm, sigmoid", 6), (TRAINED, 1),
+    ("no norm, sigmoid", 2), ("GroupNorm, sigmoid", 1), (REFERENCES, 2), ("no norm, sigmoid", 6), (REFERENCES, 6),
+    ("GroupNorm, sigmoid", 6), ("GroupNorm, linear", 1), ("no norm, linear", 1), (TRAINED, 1),
 )  # fmt: skip
 FLOOR_NAMES = ("1e-4", "1.3e-6", "pinv")
 AT = {"θ⋆": "theta_star", "θ̃": "theta_map"}
