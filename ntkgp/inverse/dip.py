@@ -18,7 +18,7 @@ from tqdm import tqdm
 from ntkgp.inverse.geometry import Geometry
 from ntkgp.inverse.noise import checked_measurements, estimate_noise
 from ntkgp.inverse.operators import ForwardOperator
-from ntkgp.inverse.pilot import ImageNetwork, check_network, filled, pilot_image
+from ntkgp.inverse.pilot import ImageNetwork, check_network, filled, magnitude, pilot_image
 from ntkgp.inverse.total_variation import TVPredCP, spatial_dims, total_variation
 from ntkgp.inverse.unet import UNet
 from ntkgp.linearization import LinearizedNetwork, ParameterGroups
@@ -159,6 +159,7 @@ class DeepImagePrior:
         self.dtype, self.seed, self.progress = dtype, seed, progress
         self.callback, self.callback_every = callback, int(callback_every)
         self._module: ImageNetwork | None = None
+        self._mean = 0.5  # of the first image
 
     # Set by `fit`; see the docstring of the class.
     noise: float | Tensor
@@ -332,11 +333,12 @@ class DeepImagePrior:
         self._level = level
         kind = self._asked_input if self._asked_input in ("fbp", "adjoint") else "auto"
         pilot = pilot_image(self.A, filled(y, self._kept), str(kind))
-        magnitude = _magnitude(pilot)
+        size = magnitude(pilot)
         own = self._given_net is None and self._unet.get("output", "linear") == "linear"
-        self.scale = float(self._asked_scale or (magnitude if own else 1.0))
+        self.scale = float(self._asked_scale or (size if own else 1.0))
+        self._mean = float(pilot.mean()) / self.scale
         self.input = self._make_input(pilot)
-        automatic = _TV * 2 * level**2 / (y.numel() * magnitude)
+        automatic = _TV * 2 * level**2 / (y.numel() * size)
         self.tv_weight = automatic if self._asked_tv is None else float(self._asked_tv)
 
     def _kept_measurements(self, y: Tensor) -> Tensor:
@@ -381,7 +383,7 @@ class DeepImagePrior:
             if len(shape) not in (2, 3):
                 raise ValueError(f"net: the U-Net needs images (H, W) or (channels, H, W), not {shape}; give a network")
             channels = 1 if len(shape) == 2 else shape[0]
-            net = UNet(self.input.shape[1], channels, **self._unet)
+            net = UNet(self.input.shape[1], channels, **self._unet).start_at(self._mean)
         module = ImageNetwork(net, shape, self.scale).to(self._y)
         check_network(module, self.input)
         return module
@@ -495,9 +497,3 @@ def _lay_out(module: nn.Module, memory_format: torch.memory_format) -> None:
         parameter.grad = None
         if parameter.dim() == 4:
             parameter.data = parameter.data.contiguous(memory_format=memory_format)
-
-
-def _magnitude(image: Tensor) -> float:
-    """The 99th percentile of the absolute values of an image, or one where it is zero."""
-    values = image.abs().flatten().sort().values
-    return float(values[round(0.99 * (len(values) - 1))]) or float(values[-1]) or 1.0

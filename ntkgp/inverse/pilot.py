@@ -98,3 +98,9 @@ def pilot_image(A: ForwardOperator, y: Tensor, kind: str = "auto") -> Tensor:
         if kind == "fbp":
             raise ValueError(f"input: {type(A).__name__} has no method fbp; expected 'adjoint', 'random' or a tensor")
         return A.pinv(y, damping=_DAMPING)
+
+
+def magnitude(image: Tensor) -> float:
+    """The 99th percentile of the absolute values of an image, or one where it is zero."""
+    values = image.abs().flatten().sort().values
+    return float(values[round(0.99 * (len(values) - 1))]) or float(values[-1]) or 1.0

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 OUTPUTS = ("linear", "sigmoid")
+_DARK = 0.01
 _SATURATED = 15.0  # beyond which a sigmoid in float32 is constant
 
 
@@ -86,6 +87,21 @@ class UNet(nn.Module):
             up = nn.Sequential(*layers(joined, channels[level]), *layers(channels[level], channels[level]))
             self.add_module(f"up{level}", up)
         self.out = nn.Conv2d(channels[0], out_channels, 1)
+
+    def start_at(self, level: float) -> UNet:
+        """Set the last bias so that sigmoid outputs begin near a level in (0, 1); return itself.
+
+        At 0.5, where outputs begin otherwise, the first steps on a dark image all push down, and may end where every
+        pixel is zero and no gradient is left.
+
+        >>> net = UNet(channels=(8, 8), skip_channels=(2,), output="sigmoid").start_at(0.1)
+        >>> 0.05 < net(torch.zeros(1, 1, 8, 8)).mean().item() < 0.2
+        True
+        """
+        if self.output == "sigmoid":
+            with torch.no_grad():
+                self.out.bias.fill_(torch.tensor(level).clamp(_DARK, 1 - _DARK).logit())  # type: ignore[union-attr]
+        return self
 
     def forward(self, x: Tensor) -> Tensor:
         """Images (N, in_channels, H, W) -> (N, out_channels, H, W)."""

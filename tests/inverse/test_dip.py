@@ -21,7 +21,7 @@ from ntkgp.inverse.unet import UNet
 
 SMALL = {"channels": (8, 8), "skip_channels": (2,), "norm": "group", "output": "sigmoid"}
 SD = 0.3
-OPTIONS = {"unet": SMALL, "learning_rate": 1e-2, "noise": SD}
+OPTIONS = {"unet": SMALL, "learning_rate": 1e-2, "noise": SD, "seed": 2}
 
 
 def _phantom(size=16):
@@ -437,4 +437,15 @@ def test_one_dimensional_signals_with_a_network_of_the_users():
     net = nn.Sequential(nn.Linear(20, 32), nn.Tanh(), nn.Linear(32, 20))
     dip = DeepImagePrior(A, net, noise=0.05, learning_rate=1e-2).fit(y)
     assert dip.reconstruction.shape == (20,)
+    assert dip.stopped_by == "discrepancy"
+
+
+@pytest.mark.parametrize("seed", [0, 1])
+def test_a_dark_image_does_not_end_in_zero(seed):
+    """Begun at 0.5, this fit is at zero everywhere after 30 iterations, where the sigmoid has no gradient."""
+    image = torch.zeros(28, 28, dtype=torch.float64)
+    image[6:22, 8:11], image[6:9, 8:20], image[14:16, 8:18] = 1.0, 1.0, 0.9
+    A = RayTransform(ParallelBeam((28, 28), torch.arange(10) * math.pi / 10, 41))
+    dip = DeepImagePrior(A, noise=1.0, tau=9.0, unet={"output": "sigmoid"}, seed=seed, max_iterations=150).fit(A(image))
+    assert dip.history[0] < 25
     assert dip.stopped_by == "discrepancy"
