@@ -68,7 +68,7 @@ def test_a_fit_is_its_seed_and_leaves_no_trace(fitted, tomography):
     again = DeepImagePrior(A, **OPTIONS).fit(y)
     assert torch.equal(torch.get_rng_state(), before)
     assert torch.equal(again.reconstruction, fitted.reconstruction)
-    other = DeepImagePrior(A, **OPTIONS, seed=1).fit(y)
+    other = DeepImagePrior(A, **(OPTIONS | {"seed": 1})).fit(y)
     assert not torch.equal(other.reconstruction, fitted.reconstruction)
 
 
