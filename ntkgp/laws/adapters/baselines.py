@@ -1,0 +1,146 @@
+"""The comparators of this package that have a dense reference: Laplace in its structures, and Hessian-free Laplace."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, TensorDataset
+
+from ntkgp.baselines import HessianFreeLaplace, Laplace
+from ntkgp.laws.protocol import Fitted, NotApplicableError, Optimum, Structure, Task
+
+
+class BaselinesAdapter:
+    """``baselines.Laplace`` with each structure and ``baselines.HessianFreeLaplace`` on the tangent model.
+
+    Sampled networks, L2M and variational Laplace approximate something else and obey none of these laws.
+
+    >>> BaselinesAdapter().structures["KFAC"].kind
+    'kfac'
+    """
+
+    name = "ntkgp.baselines"
+    structures: Mapping[str, Structure] = {
+        "full": Structure("exact"),
+        "last layer": Structure("last_layer"),
+        "subnetwork": Structure("subnetwork"),
+        "diagonal": Structure("diagonal"),
+        "KFAC": Structure("kfac"),
+        # Its minimisations end at a gradient of 1e-6 of the perturbation.
+        "Hessian-free": Structure("exact", rounding=1e-5),
+    }
+
+    def fit(self, task: Task) -> Fitted:
+        """Fit at the task's hyper-parameters."""
+        if task.structure != "Hessian-free":
+            return _Laplace(task)
+        if task.classify:
+            raise NotApplicableError("its curvature is that at the optimum of the loss, not at θ̃")
+        if task.noise < 1e-5:
+            raise NotApplicableError("minimisations by conjugate gradients do not end at such a condition number")
+        return _HessianFree(task)
+
+
+def _blocks(predicted: torch.distributions.Distribution) -> Tensor:
+    latent = predicted.latent  # type: ignore[attr-defined]
+    return latent.covariance_matrix if latent.mean.ndim == 2 else latent.variance[:, None, None]
+
+
+class _Comparator(Fitted):
+    """What both predict."""
+
+    method: Laplace | HessianFreeLaplace
+
+    def __init__(self, task: Task) -> None:
+        self.task = task
+        self.method = self._build()
+
+    def _build(self):
+        raise NotImplementedError
+
+    def mean(self, x: Tensor) -> Tensor:
+        """Of the latent distribution."""
+        return self.method.predict(x).latent.mean.reshape(len(x), -1)  # type: ignore[attr-defined]
+
+    def covariance(self, x: Tensor) -> Tensor:
+        """Of the latent distribution."""
+        return _blocks(self.method.predict(x))
+
+    def probabilities(self, x: Tensor) -> Tensor:
+        """By probit."""
+        return self.method.predict(x).probs  # type: ignore[attr-defined]
+
+    def refit(self) -> None:
+        """``fit`` again."""
+        self.method.fit((self.task.x, self.task.y))
+
+
+class _HessianFree(_Comparator):
+    """Refits of the tangent model."""
+
+    def _build(self) -> HessianFreeLaplace:
+        task = self.task
+        method = HessianFreeLaplace(
+            task.net, task.likelihood, groups="tensor", model="tangent", precision=task.precision, noise=task.noise
+        )
+        return method.fit((task.x, task.y))
+
+    def mean(self, x: Tensor) -> Tensor:
+        """That of the control."""
+        raise NotApplicableError("its mean is at the control's weights, not at θ̃")
+
+    def covariance(self, x: Tensor) -> Tensor:
+        """Differences, made symmetric."""
+        found = self.method.covariance(x)  # type: ignore[union-attr]
+        return (found + found.mT) / 2
+
+
+class _Laplace(_Comparator):
+    """One structure of Laplace."""
+
+    method: Laplace
+
+    def _build(
+        self, precision: Tensor | None = None, noise: float | None = None, mean: str = "network",
+        evidence: str | None = None,
+    ) -> Laplace:  # fmt: skip
+        task = self.task
+        structure = task.structure.lower().replace(" ", "_")
+        options = {} if task.classify else {"noise": task.noise if noise is None else noise}
+        if structure == "subnetwork":
+            options["mask"] = task.indices  # type: ignore[assignment]
+        laplace = Laplace(
+            task.net, task.likelihood, structure=structure, groups="tensor", evidence=evidence, mean=mean,
+            precision=task.precision if precision is None else precision, **options,  # type: ignore[arg-type]
+        )  # fmt: skip
+        data, own = TensorDataset(task.x, task.y), torch.Generator().manual_seed(0)
+        return laplace.fit(DataLoader(data, batch_size=task.batch_size, generator=own))
+
+    def posterior_mean(self, x: Tensor) -> Tensor:
+        """By ``mean="posterior"``."""
+        return self._build(mean="posterior").predict(x).latent.mean  # type: ignore[attr-defined]
+
+    def log_evidence(self, precision: Tensor | None = None, noise: float | None = None) -> float:
+        """The evidence at θ⋆."""
+        method = self.method if precision is None and noise is None else self._build(precision, noise)
+        return method.log_evidences["theta_star"]
+
+    def log_evidence_map(self, precision: Tensor | None = None, noise: float | None = None) -> float:
+        """The evidence at θ̃."""
+        method = self.method if precision is None and noise is None else self._build(precision, noise)
+        return method.log_evidences["theta"]
+
+    def optimum(self) -> Optimum:
+        """``evidence="theta"``."""
+        if not self.task.classify:
+            raise NotApplicableError("fits a noise for each output, tasks have one")
+        return Optimum(self._build(evidence="theta").precision, None, "theta_map")
+
+    def samples(self, x: Tensor, size: int, generator: torch.Generator) -> Tensor:
+        """``sample_weights`` through the tangent model."""
+        seed = int(torch.randint(2**31, (), generator=generator))
+        method = self.method
+        moves = method.sample_weights(size, seed) - method.lin.theta.double()
+        return method.lin(x).double() + method.lin.jvp(x, moves).double()
