@@ -130,19 +130,25 @@ class _Attributes:
             module._buffers.update(buffers)
 
 
+class OutputTypeError(TypeError):
+    """What a network returned is not one floating-point tensor."""
+
+
 def pick_output(output: Any, select: Callable[[Any], Tensor] | None) -> Tensor:
     """The one tensor that is the network's output, or an error that says how to choose it."""
     if select is not None:
         output = select(output)
     elif isinstance(output, Mapping) and isinstance(output.get("logits"), Tensor):
         output = output["logits"]
+    elif isinstance(getattr(output, "logits", None), Tensor):
+        output = output.logits
     if not isinstance(output, Tensor):
-        raise TypeError(
+        raise OutputTypeError(
             f"net returned a {type(output).__name__}; expected one tensor. "
             "Pass `output=`, a function that picks the tensor, e.g. output=lambda out: out[0]"
         )
     if not output.is_floating_point():
-        raise TypeError(f"net returned a {output.dtype} tensor; expected floating-point outputs")
+        raise OutputTypeError(f"net returned a {output.dtype} tensor; expected floating-point outputs")
     return output
 
 
@@ -366,9 +372,10 @@ class FrozenNetwork:
         generator = torch.Generator().manual_seed(0)
         with _reentrant_checkpoints_refused():
             output, parameters = self._plain(leaves)
-        # Two cotangents, mixed differently for each row: enough for the row-wise transform, whatever C is.
-        basis = torch.randn(2, output.shape[-1], generator=generator, dtype=torch.float64).to(output)
-        mixture = torch.randn(len(output), 2, generator=generator, dtype=torch.float64).to(output)
+        # Some cotangents, mixed differently for each row: enough for the row-wise transform, whatever C is. More of
+        # them than rows, and one alone: torch (2.13) mixes up two batch dimensions of one size in nested vmap.
+        basis = torch.randn(3, output.shape[-1], generator=generator, dtype=torch.float64).to(output)
+        mixture = torch.randn(len(output), 3, generator=generator, dtype=torch.float64).to(output)
         u = mixture @ basis
         expected = torch.cat([g.reshape(-1) for g in self._gradient(output, parameters, u, graph=False)])
         v = torch.randn(expected.shape, generator=generator, dtype=torch.float64).to(expected)
@@ -401,15 +408,15 @@ class FrozenNetwork:
         self.forward_mode = forward_mode and self._forward_mode_works(leaves, tangent, reference, agrees)
         if forward_mode and not self.forward_mode and self.twice_differentiable:
             logger.warning("forward-mode differentiation is missing for this network: jvp runs as a double vjp")
-        self.vectorized = self.functional and agrees(
-            lambda: torch.cat(
-                [
-                    torch.einsum("nk,nk...->...", mixture, rows).reshape(-1)
-                    for rows in self.jacobian(leaves, basis).values()
-                ]
-            ),
-            expected,
-        )
+        self.vectorized = self.functional
+
+        def by_rows(k: int) -> Tensor:
+            rows = self.jacobian(leaves, basis[:k])
+            return torch.cat([torch.einsum("nk,nk...->...", mixture[:, :k], rows[n]).reshape(-1) for n in rows])
+
+        if self.vectorized:
+            one = self.pullback(leaves)(mixture[:, :1] @ basis[:1])
+            self.vectorized = agrees(lambda: by_rows(3), expected) and agrees(lambda: by_rows(1), flat(one))
         if self.functional and not self.vectorized:
             logger.warning("vmap does not support this network: its Jacobian is computed row by row")
 

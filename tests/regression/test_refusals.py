@@ -11,6 +11,7 @@ from torch.utils.data import DataLoader, TensorDataset
 import ntkgp
 from ntkgp.cli import main
 from ntkgp.evaluation.training import seeded
+from ntkgp.evidence import sampled_evidence
 
 
 class Stopped(nn.Module):
@@ -146,3 +147,90 @@ def test_a_text_file_is_no_weights(tmp_path, capsys: pytest.CaptureFixture) -> N
     given = ["fit", "--network", "torch.nn:Identity", "--weights", str(tmp_path / "w.pt")]
     assert main([*given, "--data", str(tmp_path / "d.npz"), "--out", str(tmp_path)]) == 2
     assert "--weights" in capsys.readouterr().err
+
+
+def complex_targets() -> None:
+    ntkgp.from_network(network(), (inputs(4), inputs(4).to(torch.complex128)))
+
+
+def one_byte_of_diagonals() -> None:
+    ntkgp.LinearizedNetwork(network(), inputs(4)).gram_diagonals(inputs(4), max_memory=1)
+
+
+def an_output_that_is_none() -> None:
+    ntkgp.LinearizedNetwork(network(), inputs(4)).factors(inputs(2), outputs=torch.tensor([0, 3]))
+
+
+def complex_vector() -> None:
+    lin = ntkgp.LinearizedNetwork(network(), inputs(4))
+    lin.jvp(inputs(4), lin.theta.to(torch.complex128))
+
+
+def an_example_of_another_kind() -> None:
+    class Pair(nn.Linear):
+        def forward(self, ids: Tensor | None = None, x: Tensor | None = None) -> Tensor:
+            return super().forward(nn.functional.embedding(x, self.weight))
+
+    ntkgp.LinearizedNetwork(Pair(3, 3), inputs(4))
+
+
+def half_a_sample() -> None:
+    data = inputs(6)
+    lin = ntkgp.LinearizedNetwork(network(), data)
+    model = ntkgp.NystromNTKGP((data, torch.sin(data)), gpytorch.likelihoods.GaussianLikelihood(), lin, 3)
+    model.fit(progress=False).sample_functions(1.5)  # type: ignore[arg-type]
+
+
+def no_landmarks() -> None:
+    lin = ntkgp.LinearizedNetwork(network(), inputs(4))
+    likelihood = gpytorch.likelihoods.GaussianLikelihood()
+    sampled_evidence(lin, (inputs(6), torch.sin(inputs(6))), likelihood, num_landmarks=0)
+
+
+def no_model() -> None:
+    ntkgp.fit_evidence(ntkgp.LinearizedNetwork(network(), inputs(4)))  # type: ignore[arg-type]
+
+
+def fitted(**options: object) -> None:
+    lin = ntkgp.LinearizedNetwork(network(), inputs(4))
+    likelihood = gpytorch.likelihoods.GaussianLikelihood()
+    ntkgp.fit_evidence(ntkgp.ExactNTKGP(inputs(4), torch.sin(inputs(4)), likelihood, lin), **options)  # type: ignore[arg-type]
+
+
+def without_a_second_derivative() -> None:
+    net = nn.Sequential(nn.Linear(3, 4), nn.GLU(), nn.Linear(2, 1)).double()
+    ntkgp.baselines.HessianFreeLaplace(net, model="tangent", noise=0.1).fit((inputs(4), inputs(4)[:, :1]))
+
+
+@pytest.mark.parametrize(
+    ("call", "kind", "words"),
+    [
+        (complex_targets, TypeError, "train_data: expected targets that are real"),
+        (one_byte_of_diagonals, ValueError, "max_memory: 1 B cannot hold .* smallest possible is"),
+        (an_output_that_is_none, ValueError, "outputs: expected indices from 0 to 2"),
+        (complex_vector, TypeError, "v: expected real numbers"),
+        (an_example_of_another_kind, ValueError, "example: the network does not run on it"),
+        (half_a_sample, ValueError, "num_samples: expected an integer"),
+        (no_landmarks, ValueError, "num_landmarks: expected an integer"),
+        (no_model, TypeError, "model: expected a model with evidence_problem"),
+        (lambda: fitted(bounds=3), ValueError, "bounds must be two numbers"),
+        (lambda: fitted(bounds=None), ValueError, "bounds must be two numbers"),
+        (lambda: fitted(max_evaluations="many"), ValueError, "max_evaluations must be"),
+        (lambda: fitted(tolerance="small"), ValueError, "tolerance must be"),
+        (without_a_second_derivative, ValueError, "net: model='tangent' needs derivatives"),
+    ],
+)
+def test_found_by_fuzzing(call, kind: type[Exception], words: str) -> None:
+    with pytest.raises(kind, match=words):
+        call()
+
+
+@pytest.mark.parametrize("bad", ["one", torch.ones(4, dtype=torch.complex128), [1.0, "2"]])
+def test_precisions_that_are_no_numbers(bad: object) -> None:
+    net, data = network(), (inputs(4), torch.sin(inputs(4)))
+    lin = ntkgp.LinearizedNetwork(net, inputs(4), groups="tensor")
+    with pytest.raises(TypeError, match="precision: expected"):
+        ntkgp.kernels.NeuralTangentKernel(lin, precision=bad)  # type: ignore[arg-type]
+    for method in (ntkgp.baselines.Laplace, ntkgp.baselines.PriorOnly, ntkgp.baselines.HessianFreeLaplace):
+        with pytest.raises(TypeError, match="precision: expected"):
+            method(net, precision=bad).fit(data)

@@ -1,0 +1,153 @@
+"""Is ``max_memory`` kept? Peak memory of every call with a budget, measured in fresh processes.
+
+    python -m benchmarks.memory [--nets abcde] [--budgets 24 64] [--out FILE]
+
+For each network and call: the smallest budget that the call names when it refuses one byte; whether it accepts that
+one (and refuses nine tenths of it); the growth of resident memory while it runs with a budget of so many MiB, results
+included, over the budget. What the allocator and torch's libraries hold after a small run of everything is no part of
+it. A call whose smallest budget is above the given one is measured at its smallest. The exit status is 1 where a peak
+is above 1.15 times the budget, or a printed smallest budget is refused.
+"""
+
+from __future__ import annotations
+
+import argparse
+import ctypes
+import json
+import os
+import re
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import gpytorch
+import torch
+
+import ntkgp
+from benchmarks.nets import NETS, make
+from benchmarks.timing import peak_memory, reset_peak
+from ntkgp.linearization.memory import format_memory, parse_memory
+
+ROWS = {"a": 400, "b": 48, "c": 40, "d": 12, "e": 24, "f": 1}
+PROMISE = 1.15
+MEBIBYTE = 2**20
+Call = Callable[[Any], Any]
+
+
+def calls(lin: ntkgp.LinearizedNetwork, x: torch.Tensor) -> Iterator[tuple[str, Call]]:
+    """Everything that takes a budget, on N rows."""
+    n = len(x)
+    z, variance = x[: max(1, n // 8)], torch.ones(len(lin.groups), dtype=torch.float64)
+    directions = torch.randn(8, lin.num_parameters, generator=torch.Generator().manual_seed(0)).to(lin.dtype)
+    y = lin(x).detach().double()
+    yield "grams", lambda m: lin.grams(x, max_memory=m)
+    yield "grams(z, x)", lambda m: lin.grams(z, x, max_memory=m)
+    yield "weighted_gram", lambda m: lin.weighted_gram(x, None, variance, max_memory=m)
+    yield "gram_diagonals", lambda m: lin.gram_diagonals(x, max_memory=m)
+    yield "factors", lambda m: lin.factors(x, max_memory=m)
+    yield "features", lambda m: lin.features(x, directions, max_memory=m)
+    yield "symmetric_grams on disk", lambda m: lin.symmetric_grams(x, max_memory=m, storage="disk")
+    likelihood = gpytorch.likelihoods.GaussianLikelihood
+
+    def nystrom(m: Any) -> Any:
+        return ntkgp.NystromNTKGP((x, y), likelihood(), lin, max(1, n // 8), 8, max_memory=m).fit(progress=False)
+
+    yield "NystromNTKGP.fit", nystrom
+    if lin.num_parameters < 3000:
+        yield "ExactNTKGP primal", lambda m: ntkgp.ExactNTKGP(
+            x, y, likelihood(), lin, form="primal", max_memory=m
+        ).eval()(z).variance  # fmt: skip
+
+
+def smallest(call: Call) -> int | None:
+    """The smallest budget in bytes that a call names, or None where it takes a single byte or names none."""
+    try:
+        call(1)
+    except ValueError as refused:
+        found = re.search(r"smallest possible is ([\d.e+]+ \w+)", str(refused)) or re.search(
+            r"\(([\d.e+]+ \w+)\) do not fit|needs ([\d.e+]+ \w+)", str(refused)
+        )
+        return parse_memory(next(g for g in found.groups() if g)) if found else None
+    return None
+
+
+def accepted(call: Call, budget: int) -> bool:
+    """Whether a call runs within a budget."""
+    try:
+        call(budget)
+    except ValueError as refused:
+        if "max_memory" not in str(refused):
+            raise
+        return False
+    return True
+
+
+def measure(name: str, budgets: list[float]) -> None:
+    """Write one line of JSON per call and budget: in a process of its own."""
+    torch.set_num_threads(1)
+    net, x = make(name, max(ROWS[name], 2))
+    x = x[: ROWS[name]]
+    lin = ntkgp.LinearizedNetwork(net, x[:2], groups="layer")
+    for _, call in calls(lin, x[:2]):
+        call("2GiB")
+    for title, call in calls(lin, x):
+        least = smallest(call)
+        honest = least is None or (accepted(call, least) and not accepted(call, int(0.9 * least)))
+        for budget in budgets:
+            given = int(budget * MEBIBYTE) if least is None else max(int(budget * MEBIBYTE), least)
+            ctypes.CDLL(None).malloc_trim(0)
+            before = reset_peak()
+            result = call(given)
+            peak = peak_memory()
+            assert before is not None
+            assert peak is not None
+            row = {"net": name, "call": title, "smallest": least, "honest": honest, "budget": given}
+            print(json.dumps({**row, "peak": peak - before}), flush=True)
+            del result
+
+
+def table(rows: list[dict[str, Any]]) -> str:
+    """Markdown."""
+    heads = ("net", "N", "call", "smallest", "is enough", "budget", "peak", "peak / budget")
+    lines = [f"| {' | '.join(heads)} |", "|---" * len(heads) + "|"]
+    for row in rows:
+        least = "none named" if row["smallest"] is None else format_memory(row["smallest"])
+        lines.append(
+            f"| {NETS[row['net']].title} | {ROWS[row['net']]} | {row['call']} | {least} | "
+            f"{'yes' if row['honest'] else 'NO'} | {row['budget'] / MEBIBYTE:.1f} MiB | "
+            f"{row['peak'] / MEBIBYTE:.1f} MiB | {row['peak'] / row['budget']:.2f} |"
+        )
+    return "\n".join(lines)
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--nets", default="".join(NETS), help="letters of benchmarks.nets")
+    parser.add_argument("--budgets", type=float, nargs="+", default=[24.0, 64.0], help="MiB")
+    parser.add_argument("--out", type=Path, help="also write the table here")
+    parser.add_argument("--measure", help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    if options.measure:
+        measure(options.measure, options.budgets)
+        return 0
+    rows: list[dict[str, Any]] = []
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    for name in options.nets:
+        command = [sys.executable, "-m", "benchmarks.memory", "--measure", name, "--budgets"]
+        command += map(str, options.budgets)
+        done = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
+        if done.returncode:
+            print(done.stderr, file=sys.stderr)
+            return 2
+        rows += [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
+    text = table(rows)
+    print(text)
+    if options.out:
+        options.out.write_text(text + "\n")
+    return int(any(not row["honest"] or row["peak"] > PROMISE * row["budget"] for row in rows))
+
+
+if __name__ == "__main__":
+    sys.exit(main())
