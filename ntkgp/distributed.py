@@ -5,30 +5,60 @@ s mod W = r. What is computed of a shard is then the same whoever computes it, a
 shards, on every rank alike: :math:`((0 + p_0) + p_1) + \dots`. With the sum of ``torch.distributed.all_reduce``, whose
 order depends on W, conjugate gradients that have not converged differ in the third digit (law E1n).
 
-Everything works without a process group too, as one process that owns all shards.
+Everything works without a process group too, as one process that owns all shards. With one, the passes of the library
+share their work among all ranks, so all of them must make the same calls; :func:`alone` is for what one rank does by
+itself.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import zlib
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Sized
+from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
+T = TypeVar("T")
 _GATHERED = 2**24  # bytes of all parts together up to which one collective call is made of them
+# Shards of a pass over the data, and batches in a shard where the length of the pass is not known.
+_SHARDS = 64
+_STREAMED = 8
+_ALONE: ContextVar[bool] = ContextVar("ntkgp_alone", default=False)
 
 
 def world_size() -> int:
-    """W, the number of processes; 1 without a process group."""
-    return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
+    """W, the number of processes; 1 without a process group, and within :func:`alone`."""
+    return dist.get_world_size() if grouped() else 1
 
 
 def rank() -> int:
-    """Number of this process, 0 without a process group."""
-    return dist.get_rank() if dist.is_available() and dist.is_initialized() else 0
+    """Number of this process; 0 without a process group, and within :func:`alone`."""
+    return dist.get_rank() if grouped() else 0
+
+
+def grouped() -> bool:
+    """Whether there are processes to share work with, be it a group of one."""
+    return dist.is_available() and dist.is_initialized() and not _ALONE.get()
+
+
+@contextmanager
+def alone() -> Iterator[None]:
+    """Within it this process works by itself, as without a process group: for what not all ranks do, or not alike.
+
+    >>> with alone():
+    ...     print(world_size())
+    1
+    """
+    before = _ALONE.set(True)
+    try:
+        yield
+    finally:
+        _ALONE.reset(before)
 
 
 @dataclass(frozen=True)
@@ -98,8 +128,9 @@ def ordered_sum(partials: Mapping[int, Tensor], shards: Shards, fast: bool = Fal
                 f"shards: {shards.count} are fewer than the {world_size()} processes, which fast=True needs"
             )
         total = _fold([partials[s] for s in shards.own()])
-        dist.all_reduce(total)
-        return total
+        wire = on_wire(total)
+        dist.all_reduce(wire)
+        return wire.to(total.device)
     return _fold(_each(partials, shards))
 
 
@@ -144,15 +175,30 @@ def symmetric_tiles(compute: Callable[[int, int], Tensor], shards: Shards, width
     ranges = [tuple(width * b for b in shards.bounds(s)) for s in range(shards.count)]
     out: Tensor | None = None
     pairs = [(s, t) for s in range(shards.count) for t in range(s, shards.count)]
-    for index, (s, t) in enumerate(pairs):
-        source = index % world_size()
-        tile = broadcast(compute(s, t) if source == rank() else None, source)
+    for index, tile in computed_in_turn(len(pairs), lambda index: compute(*pairs[index])):
         if out is None:
             out = tile.new_zeros(width * shards.num_rows, width * shards.num_rows)
-        (a, b), (c, d) = ranges[s], ranges[t]
+        (a, b), (c, d) = (ranges[shard] for shard in pairs[index])
         out[a:b, c:d], out[c:d, a:b] = tile, tile.mT
     assert out is not None
     return out
+
+
+def computed_in_turn(count: int, compute: Callable[[int], Tensor]) -> Iterator[tuple[int, Tensor]]:
+    """Tensors 0 … count − 1 with their numbers, on every rank, each computed by one, W of them at a time.
+
+    :param compute: within it the process is :func:`alone`.
+
+    >>> list(computed_in_turn(2, torch.tensor))
+    [(0, tensor(0)), (1, tensor(1))]
+    """
+    for start in range(0, count, world_size()):
+        own, value = start + rank(), None
+        if own < count:
+            with alone():
+                value = compute(own)
+        for index in range(start, min(start + world_size(), count)):
+            yield index, broadcast(value if index == own else None, index - start)
 
 
 def broadcast(value: Tensor | None, source: int) -> Tensor:
@@ -168,8 +214,189 @@ def broadcast(value: Tensor | None, source: int) -> Tensor:
     shape, dtype, kind = about[0]
     device = torch.device(kind, torch.cuda.current_device()) if kind == "cuda" else torch.device(kind)
     found = torch.empty(shape, dtype=dtype, device=device) if value is None else value.contiguous()
-    dist.broadcast(found, src=source)
-    return found
+    wire = on_wire(found)
+    dist.broadcast(wire, src=source)
+    return wire.to(device)
+
+
+def broadcast_object(value: T, source: int = 0) -> T:
+    """What one rank has, on all of them: anything that has a pickle."""
+    if world_size() == 1:
+        return value
+    held: list[Any] = [value if rank() == source else None]
+    dist.broadcast_object_list(held, src=source)
+    return held[0]
+
+
+def gather_objects(value: T) -> list[T]:
+    """What each rank has, in their order, on all of them: anything that has a pickle."""
+    if world_size() == 1:
+        return [value]
+    held: list[Any] = [None] * world_size()
+    dist.all_gather_object(held, value)
+    return held
+
+
+def gather_numbers(*values: int) -> list[tuple[int, ...]]:
+    """A few integers of each rank, in their order, on all of them."""
+    if world_size() == 1:
+        return [values]
+    own = on_wire(torch.tensor(values))
+    found = [torch.empty_like(own) for _ in range(world_size())]
+    dist.all_gather(found, own)
+    return [tuple(row.tolist()) for row in found]
+
+
+def smallest(value: Tensor) -> Tensor:
+    """Entry by entry, the smallest of all ranks."""
+    if world_size() == 1:
+        return value
+    wire = on_wire(value).clone()
+    dist.all_reduce(wire, op=dist.ReduceOp.MIN)
+    return wire.to(value.device)
+
+
+def checksum(before: int, *tensors: Tensor) -> int:
+    """CRC-32 of the bytes of tensors, continued."""
+    for tensor in tensors:
+        before = zlib.crc32(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().data, before)
+    return before
+
+
+def on_wire(value: Tensor) -> Tensor:
+    """A tensor on a device between which the process group sends: itself where it is on one."""
+    backends = dict(part.split(":") for part in dist.get_backend_config().split(","))
+    kind = value.device.type
+    # Of CUDA tensors gloo knows some of the calls only.
+    if kind in backends and not (kind != "cpu" and backends[kind] == "gloo"):
+        return value
+    return value.cpu() if "cpu" in backends else value.cuda()
+
+
+class OrderedFold:
+    r"""A sum over shards that come in rounds of one per process: :math:`((t + p_0) + p_1) + \dots`, for any W.
+
+    In a round each process sends every other one its share of the numbers, and adds those of its own share in the order
+    of the ranks.
+
+    :param start: t, a vector of n numbers; may be changed.
+
+    Cost of a round: traffic n per process, memory 2n; of :meth:`total`: n each.
+
+    >>> fold = OrderedFold(torch.zeros(2))
+    >>> fold.add([torch.ones(2), torch.ones(2)])
+    >>> fold.total()
+    tensor([2., 2.])
+    """
+
+    def __init__(self, start: Tensor) -> None:
+        self._size, self._worlds = start.numel(), world_size()
+        self._own = start if self._worlds == 1 else self._padded(start).view(self._worlds, -1)[rank()].clone()
+
+    def _padded(self, vector: Tensor) -> Tensor:
+        """With as many numbers for every process."""
+        missing = -self._size % self._worlds
+        return torch.cat([vector, vector.new_zeros(missing)]) if missing else vector.contiguous()
+
+    def add(self, parts: Sequence[Tensor], last: int | None = None) -> None:
+        """Some rounds at once.
+
+        :param parts: of this process, one for each round.
+        :param last: ranks that take part in the last round; what the others give is left out. All by default.
+        """
+        if self._worlds == 1:
+            for part in parts:
+                self._own += part
+            return
+        sent = on_wire(torch.stack([self._padded(part).view(self._worlds, -1) for part in parts], 1))
+        received = torch.empty_like(sent)
+        dist.all_to_all_single(received, sent)
+        received = received.to(self._own.device)
+        for number in range(len(parts)):
+            for row in received[: last if number == len(parts) - 1 else None, number]:
+                self._own += row
+
+    def total(self) -> Tensor:
+        """The sum so far, on every rank."""
+        if self._worlds == 1:
+            return self._own
+        own = on_wire(self._own)
+        parts = [torch.empty_like(own) for _ in range(self._worlds)]
+        dist.all_gather(parts, own)
+        return torch.cat(parts)[: self._size].to(self._own.device)
+
+
+class Turns:
+    """Whose turn it is in a pass over batches: runs of batches are the shards, dealt in rounds of one per process.
+
+    The length of a run depends on the number of batches alone, where that is known: there are about 64 shards.
+
+    :param batches: what is passed over; all ranks have the same.
+    :param first: number of the first shard, where a pass goes on that was cut short; rank 0 has it.
+
+    >>> turns = Turns([10, 20, 30])
+    >>> [(turns.shard(i), turns.mine(i), turns.closes(i)) for i in range(3)]
+    [(0, True, True), (1, True, True), (2, True, True)]
+    """
+
+    def __init__(self, batches: Iterable[Any], first: int = 0) -> None:
+        try:
+            known = len(batches) if isinstance(batches, Sized) else None
+        except TypeError:  # a stream of data
+            known = None
+        self.length = _STREAMED if known is None else max(1, -(-known // _SHARDS))
+        self.first, self._worlds, self._rank = first, world_size(), rank()
+
+    def shard(self, index: int) -> int:
+        """Of a batch."""
+        return index // self.length
+
+    def mine(self, index: int) -> bool:
+        """Whether this process has the batch."""
+        return (self.shard(index) - self.first) % self._worlds == self._rank
+
+    def closes(self, index: int) -> bool:
+        """Whether a round of shards ends with this batch."""
+        return (index + 1) % self.length == 0 and self.count(index) == self._worlds
+
+    def count(self, index: int) -> int:
+        """Shards begun in the round of this batch, the batch's own included."""
+        return (self.shard(index) - self.first) % self._worlds + 1
+
+
+def sum_over_batches(
+    batches: Iterable[T], visit: Callable[[T], Tensor], like: Tensor, turns: Turns | None = None
+) -> Tensor:
+    """Sum of what `visit` returns, over all batches, each of which one process visits; the same bits for every W.
+
+    :param batches: the same on all ranks; those of others are not looked at.
+    :param visit: a tensor of the shape of `like`. Within it the process is :func:`alone`.
+    :param like: its shape, dtype and device.
+    :param turns: where `batches` has no length, those of what it goes through.
+
+    Cost: that of the visits, and S·n numbers over the wire for n in the sum and S <= 64 shards.
+
+    >>> sum_over_batches([1.0, 2.0, 3.0], torch.tensor, torch.tensor(0.0))
+    tensor(6.)
+    """
+    turns, fold = turns or Turns(batches), OrderedFold(torch.zeros_like(like).flatten())
+    # What is small waits for others: a call to all processes takes its time however little it carries.
+    held = 1 if world_size() == 1 else max(1, _GATHERED // (like.numel() * like.element_size()))
+    parts: list[Tensor] = []
+    index, begun = -1, True
+    for index, batch in enumerate(batches):
+        if begun:
+            parts.append(torch.zeros_like(like).flatten())
+        if turns.mine(index):
+            with alone():
+                parts[-1] += visit(batch).flatten()
+        begun = turns.closes(index)
+        if begun and len(parts) >= held:
+            fold.add(parts)
+            parts = []
+    if parts:
+        fold.add(parts, turns.count(index))
+    return fold.total().view_as(like)
 
 
 def _check_own(parts: Mapping[int, Tensor], shards: Shards) -> None:
@@ -198,13 +425,13 @@ def _each(parts: Mapping[int, Tensor], shards: Shards) -> Any:
         first = broadcast(parts.get(0), shards.owner(0))
     if shards.count * first.numel() * first.element_size() > _GATHERED:
         for s in range(shards.count):
-            found = parts[s].contiguous() if shards.owner(s) == rank() else torch.empty_like(first)
+            found = on_wire(parts[s].contiguous() if shards.owner(s) == rank() else torch.empty_like(first))
             dist.broadcast(found, src=shards.owner(s))
-            yield found
+            yield found.to(first.device)
         return
     rounds = -(-shards.count // world_size())
-    own = torch.stack([*(parts[s] for s in shards.own()), *[first] * (rounds - len(shards.own()))])
+    own = on_wire(torch.stack([*(parts[s] for s in shards.own()), *[first] * (rounds - len(shards.own()))]))
     gathered = [torch.empty_like(own) for _ in range(world_size())]
     dist.all_gather(gathered, own)
     for s in range(shards.count):
-        yield gathered[shards.owner(s)][s // world_size()]
+        yield gathered[shards.owner(s)][s // world_size()].to(first.device)

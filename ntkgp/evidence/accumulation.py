@@ -1,0 +1,178 @@
+"""Sums over one pass, by one process or many: the same bits, and a state from which any number of them can go on."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from contextlib import nullcontext
+from dataclasses import replace
+from typing import Any
+
+import torch
+from tqdm import tqdm
+
+from ntkgp.checkpoint import Run, moved_to
+from ntkgp.distributed import (
+    OrderedFold,
+    Turns,
+    alone,
+    checksum,
+    gather_numbers,
+    smallest,
+    world_size,
+)
+from ntkgp.evidence.streaming import StreamStatistics
+from ntkgp.linearization.memory import format_memory
+from ntkgp.linearization.nystrom import LandmarkFeatures
+
+_OTHER_NETWORK = (
+    "lin: the processes have different networks or landmarks; give all of them the same weights and arguments"
+)
+
+
+def check_memory(features: LandmarkFeatures, components: int) -> None:
+    """Refuse statistics that the budget cannot hold."""
+    needed = 8 * (3 * components + 2) * features.size**2
+    if needed > features.max_memory:
+        raise ValueError(
+            f"max_memory: the statistics of {features.size} features ({format_memory(needed)}) do not fit in "
+            f"{format_memory(features.max_memory)}; use fewer landmarks, or num_features"
+        )
+
+
+def accumulate(
+    features: LandmarkFeatures,
+    kind: str,
+    batches: Any,
+    *,
+    dtype: torch.dtype = torch.float64,
+    progress: bool = False,
+    after: Callable[[StreamStatistics], bool] | None = None,
+    run: Run | None = None,
+    extra: Callable[[], Mapping[str, Any]] = dict,
+) -> StreamStatistics:
+    """One pass, shared by all ranks of the process group if there is one.
+
+    Runs of batches are the shards of :class:`~ntkgp.distributed.Turns`; the sums of each are made from zero, and added
+    in order.
+
+    :param after: called with the sums after each batch; ends the pass by returning True. Every rank then makes the
+        whole pass: the sums on the way are no other's.
+    :param run: where the sums and a bitmap of the batches in them are offered, and come from.
+    :param extra: what is kept beside them.
+    :raises ValueError: ranks that have other data, another order of them, or other features.
+    """
+    with nullcontext() if after is None else alone():
+        return _Pass(features, kind, batches, dtype, run or Run(), extra)(after, progress)
+
+
+class _Pass:
+    """Where a pass stands: sums of whole shards, the shard that is open, and which batches are in them."""
+
+    def __init__(
+        self, features: LandmarkFeatures, kind: str, batches: Any, dtype: torch.dtype, run: Run,
+        extra: Callable[[], Mapping[str, Any]],
+    ) -> None:  # fmt: skip
+        self.features, self.kind, self.batches, self.dtype = features, kind, batches, dtype
+        self.run, self.extra = run, extra
+        self.total, self.part = self._zeros(), self._zeros()
+        check_memory(features, len(self.total.counts))
+        self.seen: list[bool] = []
+        if run.state is not None:
+            self._resume(run.state)
+        # The order of the batches, which a state needs, is drawn when the pass begins.
+        self.shuffles = {} if run.checkpoint is None else batches.random_state()
+        self.worlds, self.checked = world_size(), 0
+        if self.worlds > 1:
+            own = checksum(0, features.lin.theta, features.landmarks, features.theta, *features.coordinates)
+            if len(set(gather_numbers(own))) > 1:
+                raise ValueError(_OTHER_NETWORK)
+        self.fold = OrderedFold(self.total.vector()) if self.worlds > 1 else None
+
+    def _zeros(self) -> StreamStatistics:
+        return StreamStatistics.zeros(self.kind, self.features)
+
+    def _resume(self, state: Mapping[str, Any]) -> None:
+        self.batches.set_random_state(state["batches"])
+        device = self.features.landmarks.device
+        self.total = StreamStatistics(**moved_to(state["statistics"], device))
+        if state["part"] is not None:
+            self.part = StreamStatistics(**moved_to(state["part"], device))
+        self.seen = state["seen"].tolist()
+
+    def __call__(self, after: Callable[[StreamStatistics], bool] | None, progress: bool) -> StreamStatistics:
+        turns = Turns(self.batches)
+        if after is not None:  # one shard, whose sums are those of all batches before
+            turns.length = 2**62
+        # A shard that a single process had begun goes on at rank 0.
+        turns.first = turns.shard(len(self.seen))
+        if not turns.mine(len(self.seen)):
+            self.part = self._zeros()
+        index, closed = -1, len(self.seen) % turns.length == 0
+        device = self.features.landmarks.device
+        try:
+            known: int | None = self.batches.num_data
+        except ValueError:
+            known = None
+        with tqdm(total=known, desc="pass", unit=" rows", disable=not progress) as bar:
+            for index, (x, y) in enumerate(self.batches):
+                bar.update(len(x))
+                if self.worlds > 1:
+                    self.checked = checksum(self.checked, x, y)
+                if index < len(self.seen):
+                    continue
+                if turns.mine(index):
+                    with alone():
+                        self.part.add(self.features, x.to(device), y.to(device), self.dtype)
+                self.seen.append(True)
+                closed = turns.closes(index)
+                if after is not None and after(self.part):
+                    break
+                if closed:
+                    self._close(turns.count(index))
+                if self.worlds == 1:
+                    self.run.offer(self.state)
+        if not closed:
+            self._close(turns.count(index))
+        if self.fold is not None:
+            self._agree()
+            self._gather()
+        self.run.save(self.state())
+        return self.total
+
+    def _close(self, count: int) -> None:
+        """Add the shards of a round, of the first `count` ranks."""
+        if self.fold is None:
+            self.total.absorb(self.part)
+            self.part = self._zeros()
+            return
+        due = self._agree()
+        self.fold.add([self.part.vector()], count)
+        self.total.widen(self.part)
+        self.part = self._zeros()
+        if due:
+            self._gather()
+            state = self.state()
+            if not self.run.offer(lambda: state):  # another rank was asked to end
+                self.run.save(state)
+
+    def _agree(self) -> bool:
+        """Refuse ranks that have seen other batches; whether any of them has a state to write."""
+        found = gather_numbers(len(self.seen), self.checked, int(self.run.due))
+        if any(other[:2] != found[0][:2] for other in found):
+            # The rooms above this one must not be imported at the top.
+            from ntkgp.models.batches import OTHER_DATA
+
+            raise ValueError(f"train_data: {OTHER_DATA}")
+        return any(due for _, _, due in found)
+
+    def _gather(self) -> None:
+        """The sums of all ranks so far."""
+        assert self.fold is not None
+        low, high = smallest(self.total.low), -smallest(-self.total.high)
+        self.total = replace(self.total.with_vector(self.fold.total()), low=low, high=high)
+
+    def state(self) -> dict[str, Any]:
+        """For a checkpoint; the same for any number of processes."""
+        sums, part = dict(vars(self.total)), dict(vars(self.part)) if self.part.num_data else None
+        seen = torch.tensor(self.seen, dtype=torch.bool)
+        return {**self.extra(), "batches": self.shuffles, "statistics": sums, "part": part, "seen": seen}
