@@ -66,7 +66,7 @@ found
 #   coverage curve below from its diagonal.
 # - **95 % cov.** should be 0.95. It has no `*`, for an interval that covers everything is no achievement.
 # - **OOD-AUC** is the probability that a patient who does not exist has the larger variance. One noise for all: 0.5.
-# - **seconds** and **MB** are those of the method alone, in a process of its own that is forked from an interpreter with the network and the data.
+# - **seconds** and **MiB** are those of the method alone, in a process of its own that is forked from an interpreter with the network and the data.
 #
 # The network alone takes its noise from training residuals that are too small: its 95 % intervals cover too few. The Gaussian process keeps its predictions
 # and widens the intervals where the data do not decide. At full structure, `laplace-full` is the same posterior computed by other code.

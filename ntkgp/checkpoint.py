@@ -20,6 +20,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, IterableDataset
 
+from ntkgp.distributed import broadcast_object, gather_objects, rank, world_size
 from ntkgp.fingerprint import fingerprint, tensor_bytes
 
 logger = logging.getLogger("ntkgp")
@@ -198,6 +199,9 @@ class Checkpoint:
     Inside its ``with`` block, in the main thread, a run also answers SIGTERM: at the next offer the state is written,
     and then whatever handled the signal before handles it. The handler before is back afterwards.
 
+    Of several processes (:mod:`ntkgp.distributed`) rank 0 reads and writes; the others get the state from it, so only
+    rank 0 needs to see the folder. A state does not depend on how many they are.
+
     :param path: a folder of the run's own; made where it is missing.
     :param every: seconds between two states at least; 0 writes at every offer.
     :param keep_last: how many of the last states are kept.
@@ -266,13 +270,36 @@ class Checkpoint:
         """
         identity = {"network": digest(network), "data": digest(data)}
         identity |= {f"configuration: {name}": _described(value) for name, value in (configuration or {}).items()}
-        self.path.mkdir(parents=True, exist_ok=True)
-        run = Run(self, identity)
+        run = self._opened(identity)
         run._answer_signals()
         try:
             yield run
         finally:
             run._close()
+
+    def _opened(self, identity: Mapping[str, str]) -> Run:
+        """The run as this process has it: rank 0 with the folder, the others with the state that it found."""
+        asked = gather_objects({"folder": str(self.path), **identity})
+        different = [name for name in asked[0] if any(other.get(name) != asked[0][name] for other in asked)]
+        if different:
+            raise ValueError(
+                f"checkpoint: the processes differ in {', '.join(different)}; expected the same of all, or the call "
+                "within ntkgp.distributed.alone()"
+            )
+        run, failure = Run(), None
+        if rank() == 0:
+            try:
+                self.path.mkdir(parents=True, exist_ok=True)
+                run = Run(self, identity)
+            except (OSError, ValueError) as reason:
+                failure = reason
+        if world_size() > 1:
+            failure, run.state = broadcast_object((failure, run.state))
+            run._checkpoint = self
+        if failure is not None:
+            raise failure
+        run._writes = rank() == 0
+        return run
 
     def fit(self, image_prior: Any, y: Tensor) -> Any:
         """Fit a :class:`~ntkgp.inverse.DeepImagePrior` to measurements, or go on where an earlier call was killed.
@@ -347,6 +374,7 @@ class Run:
         self._signal: tuple[int, Any] | None = None
         self._previous: Any = None
         self._answers = False
+        self._writes = True
         if checkpoint is not None:
             self._resume(checkpoint)
 
@@ -393,20 +421,26 @@ class Run:
         :param make: called if so; returns the state.
         :param score: the larger the better; for the best state that is kept.
         """
+        if not self.due:
+            return False
+        if self._writes:
+            self.save(make(), score)
+        self._pass_on()
+        return self._writes
+
+    @property
+    def due(self) -> bool:
+        """Whether an offer would be taken now: the process was asked to end, or writes and it is time to."""
         if self._checkpoint is None:
             return False
-        if self._signal is None and time.monotonic() - self._saved < self._checkpoint.every:
-            return False
-        self.save(make(), score)
-        self._pass_on()
-        return True
+        return self._signal is not None or (self._writes and time.monotonic() - self._saved >= self._checkpoint.every)
 
     def save(self, state: Mapping[str, Any], score: float | None = None) -> None:
         """Write the state now.
 
         :raises TypeError: a state of other things than tensors and plain values.
         """
-        if self._checkpoint is None:
+        if self._checkpoint is None or not self._writes:
             return
         score = None if score is None or math.isnan(score) else float(score)
         content = plain(state)

@@ -11,6 +11,8 @@ import numpy as np
 import pytest
 import torch
 
+from tests.fresh import FreshInterpreter
+
 torch.set_num_threads(1)
 
 
@@ -25,3 +27,10 @@ def fixed_global_state() -> Iterator[None]:
     torch.set_num_threads(state[1])
     torch.set_grad_enabled(state[2])
     assert left == state, f"default dtype, threads, grad mode before {state}, after {left}"
+
+
+@pytest.fixture(scope="session")
+def fresh(tmp_path_factory: pytest.TempPathFactory) -> Iterator[FreshInterpreter]:
+    interpreter = FreshInterpreter(tmp_path_factory.mktemp("fresh"))
+    yield interpreter
+    interpreter.close()

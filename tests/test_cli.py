@@ -257,5 +257,5 @@ def test_compare_writes_what_the_library_computes(place, capsys):
     assert "\\toprule" in (folder / "out" / "table.tex").read_text(encoding="utf-8")
     assert "table.md" in out
     without = {name: arrays[name] for name in ("x", "y")}
-    assert _fit(place, "Own", without, command="compare")[0] == 2
+    assert _fit(place, "Own", without, command="compare", steps=1)[0] == 2
     assert "needs arrays x_test and y_test" in capsys.readouterr().err

@@ -15,6 +15,7 @@ from tqdm import tqdm
 from ntkgp.baselines.newton_cg import Minima, minimise
 from ntkgp.baselines.protocol import Baseline, check_entries, labelled, normal, observed
 from ntkgp.baselines.regularised import RegularisedLoss, WeightedOutputs
+from ntkgp.linearization.checks import real_numbers
 from ntkgp.linearization.frozen import FrozenNetwork, pass_environment
 from ntkgp.models.batches import Batches
 
@@ -142,9 +143,16 @@ class HessianFreeLaplace(Baseline):
             self._refuse_invariant(x)
         c = self.lin.num_outputs
         forms = self._forms(loss, x[: min(len(x), 64)], self.step * torch.eye(c, dtype=torch.float64))
-        goal = self.tolerance * loss.perturbed(forms).output_gradient_norms()
         start = loss.theta.unsqueeze(0)
-        before = float(loss.value_and_gradient(start, torch.zeros(1, dtype=torch.long))[1].norm())
+        try:
+            goal = self.tolerance * loss.perturbed(forms).output_gradient_norms()
+            before = float(loss.value_and_gradient(start, torch.zeros(1, dtype=torch.long))[1].norm())
+        except (RuntimeError, NotImplementedError) as reason:  # torch has no second derivative of some layers
+            raise ValueError(
+                f"net: model={self.model!r} needs derivatives by torch.func that this network lacks ({reason})"
+            ) from reason
+        if not bool((goal > 0).any()):
+            raise ValueError("net: its gradients are zero at all training inputs, which no refit can tell apart")
         # The control goes further than the refits that start from it.
         found = self._minimise(loss, start, 0.1 * goal[goal > 0].min().reshape(1), "control", forcing=0.01)
         theta = found.theta[0]
@@ -354,7 +362,7 @@ class HessianFreeLaplace(Baseline):
 
 
 def _positive(value: float | Tensor, name: str) -> Tensor:
-    found = torch.as_tensor(value, dtype=torch.float64).detach().clone()
+    found = real_numbers(value, name)
     if not bool((torch.isfinite(found) & (found > 0)).all()):
         raise ValueError(f"{name}: expected positive numbers, got {value!r}")
     return found

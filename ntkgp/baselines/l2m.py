@@ -14,6 +14,7 @@ from torch.distributions import Distribution
 
 from ntkgp.baselines.moments import SecondMoments, second_moments
 from ntkgp.baselines.protocol import Baseline, labelled, normal, observed
+from ntkgp.linearization.checks import real_numbers
 from ntkgp.linearization.frozen import pass_environment
 from ntkgp.models.batches import Batches
 
@@ -117,7 +118,7 @@ class L2M(Baseline):
             raise ValueError("loss: expected 'nll' for classification, got 'mse'")
         self.optimizer, self.variant, self.batch_size, self.replacement = optimizer, variant, batch_size, replacement
         self.loss = ("nll" if self.is_classification else "mse") if loss == "auto" else loss
-        self.given_precision = None if precision is None else torch.as_tensor(precision, dtype=torch.float64)
+        self.given_precision = None if precision is None else real_numbers(precision, "precision")
         self.given_noise, self.prediction, self.num_samples = noise, prediction, num_samples
         # The weights' precisions, the data's part of them, and the noise.
         self._found: dict[str, Tensor] = {}

@@ -20,6 +20,7 @@ from ntkgp.baselines.references import (
     minimum,
     probabilities_through,
 )
+from ntkgp.linearization.checks import real_numbers
 from ntkgp.models.batches import Batches
 
 logger = logging.getLogger("ntkgp")
@@ -181,7 +182,7 @@ def given_numbers(name: str, value: float | Tensor | None, count: int) -> Tensor
     """
     if value is None:
         return None
-    numbers = torch.as_tensor(value, dtype=torch.float64).detach().cpu()
+    numbers = real_numbers(value, name).cpu()
     if numbers.shape not in (torch.Size(()), torch.Size((1,)), torch.Size((count,))):
         raise ValueError(f"{name}: expected one number or {count}, got shape {tuple(numbers.shape)}")
     if not bool(((numbers > 0) & numbers.isfinite()).all()):

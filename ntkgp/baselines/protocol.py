@@ -96,19 +96,27 @@ class Baseline(ABC):
     def state_dict(self) -> dict[str, Tensor]:
         """What the fit found, tensors only; with the network and the constructor's arguments it is the whole method.
 
+        ``"method"`` holds the name of the method and of its likelihood, as bytes.
+
         :raises RuntimeError: not fitted.
         """
         _ = self.lin
-        return {name: tensor.detach().clone() for name, tensor in self._get_state().items()}
+        found = {name: tensor.detach().clone() for name, tensor in self._get_state().items()}
+        return {"method": torch.tensor(list(self._label), dtype=torch.uint8), **found}
 
     def load_state_dict(self, state: Mapping[str, Tensor], example: Any = None) -> Self:
         """Take the state of a comparator of the same network and options; return itself.
 
         :param example: inputs as the network takes them; needed where ``fit`` was never called.
-        :raises ValueError: other names or shapes than :meth:`state_dict` gives, or no example; nothing is changed then.
+        :raises ValueError: the state of another method, other names or shapes than :meth:`state_dict` gives, or no
+            example; nothing is changed then.
         """
         before = dict(vars(self))
         try:
+            state = dict(state)
+            came = bytes(state.pop("method").to(torch.uint8).reshape(-1).tolist())
+            if came != self._label:
+                raise ValueError(f"state: expected that of {self._label.decode()}, got {came.decode(errors='replace')}")
             if self._lin is None:
                 self._linearize(state.get("example") if example is None else example)
             self._set_state({name: tensor.detach().clone() for name, tensor in state.items()})
@@ -120,6 +128,11 @@ class Baseline(ABC):
                 raise ValueError(f"state: none of a {type(self).__name__} with these options: {what}") from error
             raise
         return self
+
+    @property
+    def _label(self) -> bytes:
+        """What a state says that it is of."""
+        return f"{type(self).__name__} for {self.kind}".encode()
 
     def _get_state(self) -> dict[str, Tensor]:
         return {name: getattr(self, name) for name in self._state}

@@ -7,11 +7,11 @@ from abc import abstractmethod
 from collections.abc import Callable, Iterator
 from typing import Any
 
+import scipy
 import torch
 from gpytorch.distributions import MultitaskMultivariateNormal
 from gpytorch.distributions import MultivariateNormal as JointNormal
 from linear_operator.operators import BlockDiagLinearOperator, DiagLinearOperator
-from scipy.optimize import minimize_scalar
 from torch import Tensor, nn
 from torch.distributions import Distribution, Independent, Normal
 
@@ -113,7 +113,7 @@ def minimum(value: Callable[[float], float], low: float, high: float) -> float:
     values = [value(point) for point in grid]
     best = min(range(len(grid)), key=values.__getitem__)
     bounds = (grid[max(best - 1, 0)], grid[min(best + 1, len(grid) - 1)])
-    found = minimize_scalar(value, bounds=bounds, method="bounded", options={"xatol": 1e-9})
+    found = scipy.optimize.minimize_scalar(value, bounds=bounds, method="bounded", options={"xatol": 1e-9})
     return float(found.x) if found.fun <= values[best] else grid[best]
 
 

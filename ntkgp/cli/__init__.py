@@ -40,10 +40,17 @@ def main(argv: Sequence[str] | None = None) -> int:
             from ntkgp.cli.ct import CTOptions, run_ct
 
             run_ct(CTOptions(**options))
+        elif arguments.command == "evidence":
+            from ntkgp.cli.evidence import EvidenceOptions, processes, run_evidence
+
+            with processes():
+                run_evidence(EvidenceOptions(**options))
         else:
             from ntkgp.cli.compare import CompareOptions, run_compare
+            from ntkgp.cli.evidence import processes
 
-            run_compare(CompareOptions(**options))
+            with processes():
+                run_compare(CompareOptions(**options))
     except (CommandError, ValueError, TypeError, MemoryError) as error:
         print(f"ntkgp: error: {error}", file=sys.stderr)
         return 2
@@ -56,7 +63,7 @@ def _parser() -> argparse.ArgumentParser:
         prog="ntkgp", description="Turn a trained PyTorch network into a Gaussian process."
     )
     parser.add_argument("--version", action="version", version=f"ntkgp {_version()}")
-    commands = parser.add_subparsers(dest="command", required=True, metavar="demo | fit | compare | ct")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="demo | fit | evidence | compare | ct")
     demo = commands.add_parser("demo", help="train three small networks on data shipped with scikit-learn and show")
     demo.add_argument("--out", type=Path, default=Path("ntkgp-demo"), help="folder for table and figure (%(default)s)")
     demo.add_argument("--seed", type=int, default=0, help="of splits, networks and training (%(default)s)")
@@ -75,6 +82,15 @@ def _parser() -> argparse.ArgumentParser:
         "--at", choices=("theta_star", "theta_map"), default="theta_star", help="evidence at (%(default)s)"
     )
     fit.add_argument("--method", choices=("mackay", "lbfgs"), default="mackay", help="optimiser (%(default)s)")
+    _add_evidence(
+        commands.add_parser(
+            "evidence",
+            help="any number of data, by one process or many",
+            description="Fit prior precisions and noise by one pass over the data, and write report.txt and "
+            "evidence.pt. With torchrun --nproc-per-node W -m ntkgp evidence ... the processes share the pass; its "
+            "sums are the same bit by bit.",
+        )
+    )
     compare = commands.add_parser(
         "compare",
         help="methods side by side on your network and data",
@@ -94,6 +110,17 @@ def _parser() -> argparse.ArgumentParser:
         )
     )
     return parser
+
+
+def _add_evidence(parser: argparse.ArgumentParser) -> None:
+    """Arguments of ``ntkgp evidence``."""
+    _add_inputs(parser, required=False)
+    parser.add_argument("--example", type=int, metavar="ROWS", help="a made-up network and so many rows, instead")
+    parser.add_argument("--landmarks", type=int, default=128, help="inputs that span the features (%(default)s)")
+    parser.add_argument("--features", type=int, help="mixtures of their gradients (default: all)")
+    parser.add_argument("--batch-size", type=int, default=4096, help="rows at a time (%(default)s)")
+    parser.add_argument("--max-memory", default="2GiB", help="of each process (%(default)s)")
+    parser.add_argument("--seed", type=int, default=0, help="of the landmarks (%(default)s)")
 
 
 def _add_ct(parser: argparse.ArgumentParser) -> None:
@@ -130,11 +157,13 @@ def _add_ct(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--seed", type=int, default=0, help="of all that is random (%(default)s)")
 
 
-def _add_inputs(parser: argparse.ArgumentParser) -> None:
+def _add_inputs(parser: argparse.ArgumentParser, required: bool = True) -> None:
     """What every command on a user's network reads, and where it writes."""
-    parser.add_argument("--network", required=True, help="package.module:factory, a function without arguments")
-    parser.add_argument("--weights", required=True, type=Path, help="file of torch.save(net.state_dict(), file)")
-    parser.add_argument("--data", required=True, type=Path, help=".npz with x, y and optionally x_test, y_test, x_ood")
+    parser.add_argument("--network", required=required, help="package.module:factory, a function without arguments")
+    parser.add_argument("--weights", required=required, type=Path, help="file of torch.save(net.state_dict(), file)")
+    parser.add_argument(
+        "--data", required=required, type=Path, help=".npz with x, y and optionally x_test, y_test, x_ood"
+    )
     parser.add_argument("--out", required=True, type=Path, help="folder for the results")
     parser.add_argument(
         "--likelihood",

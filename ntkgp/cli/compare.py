@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ntkgp.cli.inputs import CommandError, load_data, load_network, load_weights, network_dtype
+from ntkgp.distributed import rank
 from ntkgp.evaluation.comparison import Comparison, compare
 
 
@@ -52,6 +53,8 @@ def run_compare(options: CompareOptions) -> Comparison:
         )  # fmt: skip
     finally:
         sys.path.remove(here)
+    if rank() != 0:
+        return found
     (options.out / "table.md").write_text(found.to_markdown(), encoding="utf-8")
     (options.out / "table.tex").write_text(found.to_latex() + "\n", encoding="utf-8")
     found.to_csv(options.out / "scores.csv")

@@ -269,6 +269,8 @@ def reconstruct(scan: Scan, options: CTOptions) -> Tomogram:
         scores = score_image(scan.truth, image, covariance, samples=draws, floors=floors)
     check = None if scan.others is None else str(predictive_check(model, draws, *scan.others))
     said = (*caught, *diagnose(model, sd))
+    if report.at != options.at:
+        said = (*said, f"the evidence of the {model.form} form is at {report.at}, not at {options.at} as asked for")
     if bool(A.unseen.any()):
         said = (*said, f"no ray crosses {int(A.unseen.sum())} of {A.num_pixels} pixels: only the prior speaks of them")
     return Tomogram(dip, model, report, image, sd, draws, said, scores, check, seconds)

@@ -51,7 +51,7 @@ QUICK = Sizes(train_images=60, test_images=100, corrupted_images=25, steps=150)
 NOTE = """\
 network alone: Gaussian with the training residual as variance, or softmax. Other rows: GP around the network's
 output, precisions and noise from the evidence. OOD-AUC: corrupted against clean test inputs, by predictive
-variance or entropy. * best, ° within one standard error of it."""
+variance or entropy. * best, ° within its standard error of it."""
 
 
 @dataclass(frozen=True)

@@ -7,8 +7,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+import scipy
 import torch
-from scipy import stats
 from torch import Tensor
 
 from ntkgp.evaluation.checks import as_float64
@@ -94,7 +94,7 @@ def ranks(scores: Tensor, *, larger_is_better: bool = False) -> Tensor:
             f"scores: expected a score of every method on every data set, got nan at (row, column) {missing[:5]}; "
             "leave the row out, or rank a failed run last by an infinite score"
         )
-    return torch.from_numpy(stats.rankdata((-table if larger_is_better else table).numpy(), axis=1))
+    return torch.from_numpy(scipy.stats.rankdata((-table if larger_is_better else table).numpy(), axis=1))
 
 
 def critical_difference(num_methods: int, num_sets: int, level: float = 0.05) -> float:
@@ -123,7 +123,7 @@ def critical_difference(num_methods: int, num_sets: int, level: float = 0.05) ->
         raise ValueError(f"num_sets: expected at least one, got {num_sets}")
     if not 0 < level < 1:
         raise ValueError(f"level: expected a number in (0, 1), got {level}")
-    quantile = float(stats.studentized_range.ppf(1 - level, num_methods, math.inf)) / math.sqrt(2)
+    quantile = float(scipy.stats.studentized_range.ppf(1 - level, num_methods, math.inf)) / math.sqrt(2)
     return quantile * math.sqrt(num_methods * (num_methods + 1) / (6 * num_sets))
 
 
@@ -171,9 +171,9 @@ def rank_test(scores: Tensor, names: Sequence[str], *, larger_is_better: bool = 
         average=table.mean(0),
         num_sets=num_sets,
         statistic=statistic,
-        p_value=float(stats.chi2.sf(statistic, degrees)),
+        p_value=float(scipy.stats.chi2.sf(statistic, degrees)),
         f_statistic=f_statistic,
-        f_p_value=float(stats.f.sf(f_statistic, degrees, degrees * (num_sets - 1))),
+        f_p_value=float(scipy.stats.f.sf(f_statistic, degrees, degrees * (num_sets - 1))),
         level=level,
         difference=difference,
     )

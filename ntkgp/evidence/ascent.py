@@ -44,10 +44,10 @@ class Ascent:
         self, objective: EvidenceObjective, start: Tensor | None, tolerance: float, max_evaluations: int, progress: bool
     ) -> None:
         """Prepare the run."""
-        if not tolerance > 0:
-            raise ValueError(f"tolerance must be positive, got {tolerance}")
-        if max_evaluations < 1:
-            raise ValueError(f"max_evaluations must be at least 1, got {max_evaluations}")
+        if not isinstance(tolerance, int | float) or not tolerance > 0:
+            raise ValueError(f"tolerance must be positive, got {tolerance!r}")
+        if not isinstance(max_evaluations, int) or max_evaluations < 1:
+            raise ValueError(f"max_evaluations must be at least 1, got {max_evaluations!r}")
         self.objective, self.tolerance, self.max_evaluations = objective, tolerance, max_evaluations
         self.lower, self.upper = objective.limits()
         self.x = objective.start() if start is None else start.clamp(self.lower, self.upper)

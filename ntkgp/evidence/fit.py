@@ -68,8 +68,8 @@ def fit_evidence(
     At `theta_star` (Antoran et al. 2022, recommendation 1) the evidence is the marginal likelihood of the tangent
     model,
 
-    .. math:: M = \log p(y | h(\theta_\star)) - \tfrac12 \|\theta_\star\|^2_\Lambda - \tfrac12 \log\det(I +
-    \Lambda^{-1} H),
+    .. math:: M = \log p(y | h(\theta_\star)) - \tfrac12 \|\theta_\star\|^2_\Lambda
+        - \tfrac12 \log\det(I + \Lambda^{-1} H),
 
     with theta_star the mode of the tangent model. At `theta_map` it is the classical Laplace evidence, the same
     expression at the trained weights. Only per-group Grams are used; no network pass is made after they are built.
@@ -117,6 +117,8 @@ def fit_evidence(
     """
     started = time.perf_counter()
     _check_arguments(method, at, curvature, targets, held_out)
+    if not hasattr(model, "evidence_problem"):
+        raise TypeError(f"model: expected a model with evidence_problem, got {type(model).__name__}")
     problem = model.evidence_problem(at=at, curvature=curvature, targets=targets)
     if isinstance(problem, GaussianEvidence) and curvature != "simple":
         raise ValueError(f"curvature={curvature!r} applies to classification; a Gaussian likelihood has one curvature")

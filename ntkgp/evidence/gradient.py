@@ -5,7 +5,7 @@ from __future__ import annotations
 from contextlib import suppress
 
 import numpy as np
-import scipy.optimize
+import scipy
 import torch
 from torch import Tensor
 

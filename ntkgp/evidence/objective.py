@@ -75,15 +75,17 @@ class EvidenceObjective:
     r"""Common part: the variables, their start and their bounds, in terms of the scale-free ratios.
 
     :math:`\rho_g = (\mathrm{tr} K_g / n) / (\lambda_g s)` is the prior variance of group g relative to the mean square
-        s of the
-    targets (s = 1 for logits). Start: :math:`\rho_g = 1/G` and the training mean squared error of the network as noise
-    (0.1 s when it is unknown), clipped to [1e-4 s, s] with s here the mean square of the targets that it acts on. These
-    rules make a whole run equivariant under J_g -> J_g / k and y -> c y.
+    s of the targets (s = 1 for logits). Start: :math:`\rho_g = 1/G` and the training mean squared error of the network
+    as noise (0.1 s when it is unknown), clipped to [1e-4 s, s] with s here the mean square of the targets that it acts
+    on. These rules make a whole run equivariant under J_g -> J_g / k and y -> c y.
     """
 
     def __init__(self, problem: Problem, scale: float, noise: NoiseModel, bounds: tuple[float, float]) -> None:
         """Set the scale, the reference diagonal of each group and the bounds."""
-        low, high = bounds
+        try:
+            low, high = map(float, bounds)
+        except (TypeError, ValueError):
+            raise ValueError(f"bounds must be two numbers (low, high), got {bounds!r}") from None
         if not 0 < low < high < math.inf:
             raise ValueError(f"bounds must be (low, high) with 0 < low < high < inf, got {bounds}")
         self.problem, self.scale, self.noise, self.bounds = problem, scale, noise, bounds

@@ -125,8 +125,24 @@ class NoiseModel:
         return cls(diagonal, torch.zeros(diagonal.shape, dtype=torch.long), values, minimum)
 
 
+class _OfGrams:
+    """What problems read off their Grams."""
+
+    grams: Tensor | SymmetricGrams
+
+    @property
+    def num_groups(self) -> int:
+        """Number G of parameter groups."""
+        return self.grams.shape[0]
+
+    @property
+    def rows(self) -> int:
+        """Number n = N*C of scalar observations, or of logits."""
+        return self.grams.shape[1]
+
+
 @dataclass(frozen=True)
-class GaussianEvidence:
+class GaussianEvidence(_OfGrams):
     r"""Regression: :math:`t = J\theta + \varepsilon`; :math:`\theta_g \sim N(0, I/\lambda_g)`, noise of variance D.
 
     Rows are input-major, n = N*C. The targets are :math:`t = y - f + J\tilde\theta`.
@@ -177,16 +193,6 @@ class GaussianEvidence:
         _check_common(self, num_groups, rows)
 
     @property
-    def num_groups(self) -> int:
-        """Number G of parameter groups."""
-        return self.grams.shape[0]
-
-    @property
-    def rows(self) -> int:
-        """Number n = N*C of scalar observations."""
-        return self.grams.shape[1]
-
-    @property
     def max_dimension(self) -> int:
         """Largest effective dimension that the data can determine."""
         return self.rows
@@ -200,7 +206,7 @@ class GaussianEvidence:
 
 
 @dataclass(frozen=True)
-class SoftmaxEvidence:
+class SoftmaxEvidence(_OfGrams):
     r"""Classification: labels with logits :math:`h = m_0 + J\theta`, :math:`\theta_g \sim N(0, I/\lambda_g)`.
 
     C >= 2: softmax over C classes. C = 1: Bernoulli with one logistic output and labels in {0, 1}.
@@ -247,16 +253,6 @@ class SoftmaxEvidence:
         labels = validate_labels(self.labels, max(shape[1], 2), torch.Size(shape[:1]))
         object.__setattr__(self, "labels", labels)
         _check_common(self, num_groups, rows)
-
-    @property
-    def num_groups(self) -> int:
-        """Number G of parameter groups."""
-        return self.grams.shape[0]
-
-    @property
-    def rows(self) -> int:
-        """Number N*C of logits."""
-        return self.grams.shape[1]
 
     @property
     def outputs(self) -> int:

@@ -25,8 +25,7 @@ class EvidenceReport:
     :param theta_star_norm: norms of theta_star per group, shape (G,).
     :param theta_shift: distance between theta_star and the trained weights in the posterior metric
         :math:`\|\theta_\star - \tilde\theta\|_{H+\Lambda}`: half its square is what the classical evidence loses, in
-            nats (for a
-        quadratic loss). NaN where the trained weights are not part of the problem.
+        nats (for a quadratic loss). NaN where the trained weights are not part of the problem.
     :param residual_noise: mean squared error of the network itself on the training data per noise component, shape
         (S,) or (1,); None for classification. With `mean="network"` this, not `noise`, is the error of the reported
         mean.

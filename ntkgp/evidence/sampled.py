@@ -22,6 +22,7 @@ from ntkgp.evidence.problem import NoiseModel
 from ntkgp.evidence.report import EvidenceReport
 from ntkgp.evidence.weight_probes import WeightProbes
 from ntkgp.linearization import LinearizedNetwork
+from ntkgp.linearization.checks import check_count
 from ntkgp.linearization.memory import parse_memory
 
 if TYPE_CHECKING:
@@ -113,6 +114,9 @@ def sampled_evidence(
     the fixed point is that of a deterministic map, accelerated by Anderson's method, and differs from the exact optimum
     by a Monte-Carlo error which is estimated by linearising the map (reported as standard errors of log λ and log σ²).
 
+    In a process group (:mod:`ntkgp.distributed`) all ranks make this call with all of the data. In weight space they
+    share the batches, with the same bits for any number of them; in data space each does all of the work.
+
     :param lin: the linearised network.
     :param train_data: ``(x, y)``, a Dataset or a DataLoader, see :class:`ntkgp.models.batches.Batches`.
     :param likelihood: as of :class:`~ntkgp.ExactNTKGP`; a copy is used. Its noise is where a known noise comes from.
@@ -161,13 +165,16 @@ def sampled_evidence(
     ):  # fmt: skip
         if value not in allowed:
             raise ValueError(f"{name}: expected one of {allowed}, got {value!r}")
-    for name, number, low in (("num_samples", num_samples, 2), ("max_steps", max_steps, 1)):
-        if not isinstance(number, int) or number < low:
-            raise ValueError(f"{name}: expected an integer >= {low}, got {number!r}")
+    for name, number, low in (
+        ("num_samples", num_samples, 2), ("max_steps", max_steps, 1), ("max_iterations", max_iterations, 1),
+        ("num_landmarks", 1 if num_landmarks is None else num_landmarks, 1),
+    ):  # fmt: skip
+        check_count(number, name, low)
     if not 0.0 < tolerance:
         raise ValueError(f"tolerance: expected a positive number, got {tolerance!r}")
     likelihood = prepare_likelihood(copy.deepcopy(likelihood), lin.num_outputs)
     batches = Batches.of(train_data, lin, likelihood, batch_size)
+    batches.share()
     total = sum(len(x) for x, _ in batches)
     noise = None if is_classification(likelihood) else NoiseLink(likelihood, total, lin.num_outputs).model()
     settings = Settings(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
@@ -11,12 +11,13 @@ import torch
 from gpytorch.distributions import MultivariateNormal
 from gpytorch.likelihoods import Likelihood, MultitaskGaussianLikelihood
 from torch import Tensor
-from tqdm import tqdm
 
-from ntkgp.checkpoint import Checkpoint, Run, moved_to, running
+from ntkgp.checkpoint import Checkpoint, moved_to, running
+from ntkgp.distributed import alone
+from ntkgp.evidence.accumulation import accumulate
 from ntkgp.evidence.streaming import StreamedEvidence, StreamNoise, StreamStatistics
 from ntkgp.linearization import LinearizedNetwork
-from ntkgp.linearization.memory import format_memory, parse_memory
+from ntkgp.linearization.memory import parse_memory
 from ntkgp.linearization.nystrom import EIGENVALUE_CUT, LandmarkFeatures
 
 if TYPE_CHECKING:
@@ -122,66 +123,6 @@ def write_noise(likelihood: Likelihood, num_outputs: int, noise: Tensor | None) 
     return None if noise is None else NoiseLink(likelihood, 1, num_outputs).write(noise)
 
 
-def check_memory(features: LandmarkFeatures, components: int) -> None:
-    """Refuse statistics that the budget cannot hold."""
-    needed = 8 * (3 * components + 2) * features.size**2
-    if needed > features.max_memory:
-        raise ValueError(
-            f"max_memory: the statistics of {features.size} features ({format_memory(needed)}) do not fit in "
-            f"{format_memory(features.max_memory)}; use fewer landmarks, or num_features"
-        )
-
-
-def accumulate(
-    features: LandmarkFeatures,
-    kind: str,
-    batches: Any,
-    *,
-    dtype: torch.dtype = torch.float64,
-    progress: bool = False,
-    after: Callable[[StreamStatistics], bool] | None = None,
-    run: Run | None = None,
-    extra: Callable[[], Mapping[str, Any]] = dict,
-) -> StreamStatistics:
-    """One pass.
-
-    :param after: called after each batch; ends the pass by returning True.
-    :param run: where the sums and a bitmap of the batches in them are offered after each batch, and come from.
-    :param extra: what is kept beside them.
-    """
-    run = run or Run()
-    statistics = StreamStatistics.zeros(kind, features)
-    check_memory(features, len(statistics.counts))
-    seen: list[bool] = []
-    if run.state is not None:
-        batches.set_random_state(run.state["batches"])
-        statistics = StreamStatistics(**moved_to(run.state["statistics"], features.landmarks.device))
-        seen = run.state["seen"].tolist()
-    shuffles = {} if run.checkpoint is None else batches.random_state()
-
-    def state() -> dict[str, Any]:
-        sums = dict(statistics.__dict__)
-        return {**extra(), "batches": shuffles, "statistics": sums, "seen": torch.tensor(seen, dtype=torch.bool)}
-
-    try:
-        total: int | None = batches.num_data
-    except ValueError:
-        total = None
-    device = features.landmarks.device
-    with tqdm(total=total, desc="pass", unit=" rows", disable=not progress) as bar:
-        for index, (x, y) in enumerate(batches):
-            bar.update(len(x))
-            if index < len(seen) and seen[index]:
-                continue
-            statistics.add(features, x.to(device), y.to(device), dtype)
-            seen.append(True)
-            if after is not None and after(statistics):
-                break
-            run.offer(state)
-    run.save(state())
-    return statistics
-
-
 def one_pass(
     lin: LinearizedNetwork,
     data: Any,
@@ -223,12 +164,16 @@ def one_pass(
     :param max_memory: budget for landmarks, statistics and one block of rows.
     :param progress: show a progress bar.
     :param checkpoint: a folder, or a :class:`~ntkgp.checkpoint.Checkpoint`: a call that was killed is repeated with the
-        same arguments and goes on with the batch where it stood, to the very same sums; no batch counts twice.
+        same arguments, by any number of processes, and goes on where it stood, to the very same sums; no batch counts
+        twice.
     :raises CheckpointMismatch: a checkpoint of another network, other data or other arguments.
-    :raises ValueError: data, landmarks or a budget that cannot be used.
+    :raises ValueError: data, landmarks or a budget that cannot be used; processes that were given different data.
 
-    Cost: N·(passes + products with M landmarks + R²/2) with R ≤ Σ_g min(M·C, P_g) features; memory R² per noise
-    component.
+    In a process group (:mod:`ntkgp.distributed`) all ranks make this call with all of the data and share the batches;
+    the sums have the same bits for any number of them.
+
+    Cost: N·(passes + products with M landmarks + R²/2) with R ≤ Σ_g min(M·C, P_g) features, divided by the processes;
+    memory 2R² per noise component, 4R² with several processes.
 
     >>> import gpytorch, torch, ntkgp
     >>> x = torch.linspace(-1, 1, 200).unsqueeze(-1)
@@ -248,6 +193,7 @@ def one_pass(
     kind = statistics_kind(likelihood)
     budget = parse_memory(max_memory)
     batches = Batches.of(data, lin, likelihood, batch_size or _BATCH)
+    batches.share()
     ones = torch.ones(len(lin.groups), dtype=torch.float64)
     options = {
         "likelihood": kind, "landmarks": landmarks, "num_landmarks": num_landmarks, "num_features": num_features,
@@ -256,16 +202,19 @@ def one_pass(
     }  # fmt: skip
     with running(checkpoint, lambda: pass_identity(lin, batches, options)) as run:
         if run.state is None:
-            z = choose_landmarks(
-                batches, lin, num_landmarks, landmarks, classification=kind == "classification", precision=precision,
-                seed=seed, max_memory=budget,
-            )  # fmt: skip
+            # By every rank alike, as by a single process.
+            with alone():
+                z = choose_landmarks(
+                    batches, lin, num_landmarks, landmarks, classification=kind == "classification",
+                    precision=precision, seed=seed, max_memory=budget,
+                )  # fmt: skip
         with torch.inference_mode(False), torch.no_grad():
             precision = ones if precision is None else precision.to(torch.float64).clone()
             if run.state is None:
-                features = LandmarkFeatures.build(
-                    lin, z, precision=precision, num_features=num_features, tolerance=tolerance, max_memory=budget
-                )
+                with alone():
+                    features = LandmarkFeatures.build(
+                        lin, z, precision=precision, num_features=num_features, tolerance=tolerance, max_memory=budget
+                    )
             else:
                 features = restored_features(lin, run.state, budget)
             kept = {"features": features.state()}

@@ -17,6 +17,7 @@ from ntkgp.linearization.nystrom import LandmarkFeatures
 KINDS = ("shared", "per_output", "classification")
 BOUNDS = ("vfe", "dtc")
 _BLOCK = 256
+_SUMS = ("second", "cross", "squares", "counts", "traces")
 _EXHAUSTED = 0.8
 # Pearson's χ² per row is one where labels follow the network's probabilities.
 _MISFIT = 10.0
@@ -137,13 +138,36 @@ class StreamStatistics:
         """Statistics of both parts of the data."""
         if self.kind != other.kind or self.second.shape != other.second.shape:
             raise ValueError("statistics of different features or likelihoods cannot be added")
-        names = ("second", "cross", "squares", "counts", "traces", "constant", "num_data")
         return replace(
             self,
-            **{name: getattr(self, name) + getattr(other, name) for name in names},
+            **{name: getattr(self, name) + getattr(other, name) for name in (*_SUMS, "constant", "num_data")},
             low=torch.minimum(self.low, other.low),
             high=torch.maximum(self.high, other.high),
         )
+
+    def absorb(self, other: StreamStatistics) -> None:
+        """Add another part of the data in place."""
+        for name in _SUMS:
+            getattr(self, name).add_(getattr(other, name))
+        self.constant += other.constant
+        self.num_data += other.num_data
+        self.widen(other)
+
+    def widen(self, other: StreamStatistics) -> None:
+        """Take over the smallest and largest targets of another part."""
+        self.low, self.high = torch.minimum(self.low, other.low), torch.maximum(self.high, other.high)
+
+    def vector(self) -> Tensor:
+        """All sums, the number of inputs among them, in one row of numbers; smallest and largest targets left out."""
+        numbers = self.counts.new_tensor([self.constant, self.num_data])
+        return torch.cat([*(getattr(self, name).flatten() for name in _SUMS), numbers])
+
+    def with_vector(self, vector: Tensor) -> StreamStatistics:
+        """Inverse of :meth:`vector`, with the smallest and largest targets of these."""
+        own = [getattr(self, name) for name in _SUMS]
+        *parts, numbers = vector.split([*(part.numel() for part in own), 2])
+        sums = {name: part.view_as(like).clone() for name, part, like in zip(_SUMS, parts, own, strict=True)}
+        return replace(self, **sums, constant=float(numbers[0]), num_data=round(float(numbers[1])))
 
     def clone(self) -> StreamStatistics:
         """A copy that later batches do not reach."""

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from functools import cached_property
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from ntkgp.distributed import OrderedFold, Turns, sum_over_batches
 from ntkgp.evidence.probes import Expectation, Settings, pull, push
 from ntkgp.evidence.problem import NoiseModel
 from ntkgp.likelihoods import curvature_factor, log_likelihood, residual, whitened_targets
@@ -16,6 +17,8 @@ from ntkgp.linearization import LinearizedNetwork
 from ntkgp.linearization.statistics import jacobian_rows
 from ntkgp.solvers import solve
 
+# Number of a batch, the batch, standard normal numbers for its rows, and which of its inputs are landmarks.
+_Drawn = tuple[int, "_Rows", Tensor, Tensor]
 _NEWTON_STEPS = 50
 _HALVINGS = 20
 
@@ -61,7 +64,8 @@ class WeightProbes:
     """In weight space, P rows: products with H = Σ JᵀBJ batch by batch; no more than the draws and a batch is held.
 
     Jacobian rows are kept where all of them fit in half of the budget, otherwise made anew in every pass for a batch at
-    a time; batches too large for that are left to one backward and one forward pass per vector.
+    a time; batches too large for that are left to one backward and one forward pass per vector. The ranks of a process
+    group share the batches.
 
     :param batches: pairs of packed inputs and targets, iterated once per product.
     :param num_data: N.
@@ -80,6 +84,7 @@ class WeightProbes:
         self._batches = batches
         keep = 2 * 8 * num_data * lin.num_outputs * lin.num_parameters <= settings.max_memory
         self._kept = [_Rows(lin, x, y, settings.max_memory) for x, y in batches] if keep else None
+        self._passed: Iterable[Any] = batches if self._kept is None else self._kept
         self.component = None if noise is None or not noise.num_learned else noise.component[: lin.num_outputs]
         self._generator = torch.Generator().manual_seed(settings.seed)
         s, p = settings.num_samples, lin.num_parameters
@@ -96,42 +101,82 @@ class WeightProbes:
         for x, y in self._batches:
             yield _Rows(self.lin, x, y, self.settings.max_memory // 4)
 
+    def _summed(self, visit: Callable[[_Rows], Tensor], like: Tensor) -> Tensor:
+        """Sum over the batches, which the ranks share."""
+        return sum_over_batches(self._rows(), visit, like, Turns(self._passed))
+
     def _gather(self) -> None:
         """The first pass: what does not depend on the hyper-parameters."""
-        s, p, c = self.settings.num_samples, self.lin.num_parameters, self.lin.num_outputs
+        s, p = self.settings.num_samples, self.lin.num_parameters
         parts = 1 if self.noise is None else max(self.noise.num_learned, 1)
-        start: Any = self.prior.new_zeros
-        self._pulled, self._moment = start(parts, s, p), start(parts, p)
-        self._traces, self._squares, self._errors = start(len(self.lin.groups)), start(parts), start(parts)
-        wanted = self._num_landmarks()
-        chosen: list[Tensor] = []
-        factors: list[Tensor] = []
+        sizes = [parts * s * p, parts * p, len(self.lin.groups), parts, parts]
+        sums = sum_over_batches(self._drawn(), self._first_sums, self.prior.new_zeros(sum(sizes)), Turns(self._passed))
+        pulled, moment, self._traces, self._squares, self._errors = (part.clone() for part in sums.split(sizes))
+        self._pulled, self._moment = pulled.view(parts, s, p), moment.view(parts, p)
+        self._landmarks, self._landmark_factor = self._chosen()
+
+    def _drawn(self) -> Iterator[_Drawn]:
+        """One pass, with the random numbers of each batch: all ranks draw all of them."""
+        wanted, s, r = self._num_landmarks(), self.settings.num_samples, self._whitened_outputs()
         seen = taken = 0
-        for rows in self._rows():
-            blocks = self.lin.gram_diagonals(rows.x, max_memory=self.settings.max_memory)
-            self._traces += torch.einsum("gncc->g", blocks)
-            masks = self._whitening(rows)
-            r = masks.shape[-1] if self.noise is None else c
+        self._picked: list[int] = []
+        self._own: dict[int, tuple[Tensor, Tensor]] = {}
+        for index, rows in enumerate(self._rows()):
             epsilon = torch.randn(len(rows.x), r, s, generator=self._generator, dtype=torch.float64).to(self.prior)
-            targets = self._targets(rows)
-            for part in range(parts):
-                mask = masks if self.noise is None else masks * self._indicator(part)
-                self._pulled[part] += rows.pull(mask @ epsilon)
-                if targets is not None:
-                    reduced = mask.mT @ targets if self.noise is not None else targets
-                    self._moment[part] += rows.pull(mask @ reduced)[0]
-                    self._squares[part] += reduced.square().sum()
-                if self.noise is not None:
-                    errors = rows.y.reshape(-1, c) - rows.logits
-                    self._errors[part] += (mask.mT @ errors.unsqueeze(-1)).square().sum()
             seen += len(rows.x)
             quota = -(-wanted * seen // self.num_data) - taken
+            pick = torch.empty(0, dtype=torch.long)
             if quota > 0:
-                pick = torch.randperm(len(rows.x), generator=self._generator)[:quota].sort().values.to(rows.x.device)
-                taken += len(pick)
-                chosen.append(jacobian_rows(self.lin, rows.x[pick]))
-                factors.append(masks[pick])
-        self._landmarks, self._landmark_factor = torch.cat(chosen), torch.cat(factors)
+                pick = torch.randperm(len(rows.x), generator=self._generator)[:quota].sort().values
+            taken += len(pick)
+            self._picked.append(len(pick))
+            yield index, rows, epsilon, pick.to(rows.x.device)
+
+    def _first_sums(self, drawn: _Drawn) -> Tensor:
+        """What a batch adds to the sums of the first pass; keeps its rows among the landmarks."""
+        index, rows, epsilon, pick = drawn
+        c, parts = self.lin.num_outputs, 1 if self.noise is None else max(self.noise.num_learned, 1)
+        masks, targets = self._whitening(rows), self._targets(rows)
+        pulled, moment = [], []
+        squares, errors = self.prior.new_zeros(parts), self.prior.new_zeros(parts)
+        for part in range(parts):
+            mask = masks if self.noise is None else masks * self._indicator(part)
+            pulled.append(rows.pull(mask @ epsilon))
+            if targets is None:
+                moment.append(self.prior.new_zeros(self.lin.num_parameters))
+            else:
+                reduced = mask.mT @ targets if self.noise is not None else targets
+                moment.append(rows.pull(mask @ reduced)[0])
+                squares[part] = reduced.square().sum()
+            if self.noise is not None:
+                missed = (rows.y.reshape(-1, c) - rows.logits).unsqueeze(-1)
+                errors[part] = (mask.mT @ missed).square().sum()
+        if len(pick):
+            self._own[index] = jacobian_rows(self.lin, rows.x[pick]), masks[pick]
+        traces = torch.einsum("gncc->g", self.lin.gram_diagonals(rows.x, max_memory=self.settings.max_memory))
+        return torch.cat([*(part.flatten() for part in (*pulled, *moment)), traces, squares, errors])
+
+    def _chosen(self) -> tuple[Tensor, Tensor]:
+        """Rows of the landmarks (m, C, P) and their whitening (m, C, R), of all ranks."""
+        c, shapes = self.lin.num_outputs, (self.lin.num_parameters, self._whitened_outputs())
+        columns = []
+        for position, width in enumerate(shapes):
+            parts = [
+                self._own[index][position] if index in self._own else self.prior.new_zeros(size, c, width)
+                for index, size in enumerate(self._picked)
+            ]
+            own = torch.cat(parts)
+            # Every entry is zero on all ranks but one.
+            fold = OrderedFold(torch.zeros_like(own).flatten())
+            fold.add([own.flatten()])
+            columns.append(fold.total().view_as(own))
+        self._own = {}
+        return columns[0], columns[1]
+
+    def _whitened_outputs(self) -> int:
+        """R, rows of an input after whitening."""
+        c = self.lin.num_outputs
+        return c if self.noise is not None else max(c - 1, 1)
 
     def _num_landmarks(self) -> int:
         """Inputs of the preconditioner, whose P-sized rows must fit in a quarter of the budget."""
@@ -203,11 +248,12 @@ class WeightProbes:
 
     def _hessian(self, v: Tensor, noise: Tensor, at: Tensor | None = None) -> Tensor:
         """H V, (k, P) -> (k, P); the curvature of a classification at weights `at` if given."""
-        total = torch.zeros_like(v)
-        for rows in self._rows():
+
+        def product(rows: _Rows) -> Tensor:
             logits = None if at is None else rows.offset + rows.push(at.unsqueeze(0)).squeeze(-1)
-            total += rows.pull(self._curve(rows, rows.push(v), noise, logits))
-        return total
+            return rows.pull(self._curve(rows, rows.push(v), noise, logits))
+
+        return self._summed(product, v)
 
     def _preconditioner(self, scale: Tensor, noise: Tensor) -> Any:
         """(I + (N/m) Λ⁻¹ᐟ²J_ZᵀB_ZJ_ZΛ⁻¹ᐟ²)⁻¹ by Woodbury."""
@@ -261,30 +307,31 @@ class WeightProbes:
     def _noise_terms(self, draws: Tensor, theta: Tensor, noise: Tensor) -> tuple[Tensor, Tensor]:
         """σ²tr(A⁻¹) over the rows of each component from each draw (the leverages are Var[h]/σ²), and σ²Σα²."""
         parts = range(len(noise))
-        leverage = draws.new_zeros(len(parts), len(draws))
-        errors = draws.new_zeros(len(parts))
         both = torch.cat([draws, theta.unsqueeze(0)])
-        for rows in self._rows():
-            image = rows.push(both)
-            targets = self._targets(rows)
+        on = torch.stack([self._indicator(part).diagonal() for part in parts])  # shape: (S, C)
+
+        def visit(rows: _Rows) -> Tensor:
+            image, targets = rows.push(both), self._targets(rows)
             assert targets is not None
-            squares = image[..., :-1].square().sum(0)  # shape: (C, S)
+            squares = image[..., :-1].square().sum(0)  # shape: (C, number of draws)
             missed = (targets.squeeze(-1) - image[..., -1]).square().sum(0)  # shape: (C,)
-            for part in parts:
-                on = self._indicator(part).diagonal()
-                leverage[part] += on @ squares
-                errors[part] += on @ missed
+            return on @ torch.cat([squares, missed.unsqueeze(-1)], -1)
+
+        sums = self._summed(visit, draws.new_zeros(len(parts), len(both)))
+        leverage, errors = sums[:, :-1], sums[:, -1]
         return self._counts().unsqueeze(-1) - leverage / noise.unsqueeze(-1), errors / noise
 
     def _log_joint(self, theta: Tensor, scale: Tensor, gradient: bool) -> tuple[float, Tensor | None]:
         """Log p(y | h) − ½‖θ‖²_Λ, and its gradient in θ."""
-        total, pulled = -0.5 * float((theta / scale).square().sum()), torch.zeros_like(theta)
-        for rows in self._rows():
+
+        def visit(rows: _Rows) -> Tensor:
             logits = rows.offset + rows.push(theta.unsqueeze(0)).squeeze(-1)
-            total += float(log_likelihood(logits, rows.y).sum())
-            if gradient:
-                pulled += rows.pull(residual(logits, rows.y).unsqueeze(-1))[0]
-        return total, (pulled - theta / scale.square()) if gradient else None
+            value = log_likelihood(logits, rows.y).sum().reshape(1)
+            return torch.cat([value, rows.pull(residual(logits, rows.y).unsqueeze(-1))[0]]) if gradient else value
+
+        sums = self._summed(visit, theta.new_zeros(1 + gradient * len(theta)))
+        total = float(sums[0]) - 0.5 * float((theta / scale).square().sum())
+        return total, (sums[1:] - theta / scale.square()) if gradient else None
 
     def _mode(self, scale: Tensor, noise: Tensor) -> tuple[Tensor, bool]:
         """theta_star of the true loss by damped Newton–CG over the data, from the last one."""

@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
-import scipy.sparse
+import scipy
 import torch
 from torch import Tensor
 
@@ -258,8 +258,8 @@ def from_astra(projector: Any) -> ForwardOperator:
     :raises TypeError: neither of the two.
 
     The matrix of a CPU projector is copied, with its exact transpose, and ASTRA is not needed afterwards; images have
-    the orientation of :class:`~ntkgp.inverse.Geometry`. A CUDA projector stays and is called for each image; its
-    transpose is tested to be one.
+    the orientation of :class:`~ntkgp.inverse.geometry.Geometry`. A CUDA projector stays and is called for each image;
+    its transpose is tested to be one.
     """
     astra = optional("astra", "astra-toolbox")
     if isinstance(projector, int):

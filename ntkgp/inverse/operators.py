@@ -338,7 +338,8 @@ class RayTransform(SparseOperator):
     r"""Line integrals of an image: tomography.
 
     :math:`(Ax)_i = \int x` along ray i in units of mm × image, by Joseph's method
-    (:func:`~ntkgp.inverse.rays.system_matrix`); see :class:`~ntkgp.inverse.Geometry` for the orientation of images.
+    (:func:`~ntkgp.inverse.rays.system_matrix`); see :class:`~ntkgp.inverse.geometry.Geometry` for the
+    orientation of images.
 
     :param geometry: :class:`~ntkgp.inverse.ParallelBeam`, :class:`~ntkgp.inverse.FanBeam` or
         :class:`~ntkgp.inverse.Rays`.

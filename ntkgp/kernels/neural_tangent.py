@@ -13,6 +13,7 @@ from torch import Tensor
 from ntkgp.kernels.composition import MultioutputArithmetic
 from ntkgp.kernels.priors import FlatLogPrior
 from ntkgp.linearization import LinearizedNetwork
+from ntkgp.linearization.checks import real_numbers
 from ntkgp.linearization.second_order import needs_graph
 from ntkgp.operators import GroupedGramOperator, NetworkHandle, NeuralTangentOperator
 from ntkgp.operators.handle import ValueCache, point_grams, same
@@ -133,7 +134,7 @@ class NeuralTangentKernel(MultioutputArithmetic):
     @precision.setter
     def precision(self, value: float | Tensor | list[float]) -> None:
         raw = self.raw_precision
-        new = torch.as_tensor(value, dtype=raw.dtype, device=raw.device).detach()
+        new = real_numbers(value, "precision").to(raw)
         try:
             new = new.expand(raw.shape)
         except RuntimeError:

@@ -2,11 +2,29 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
-from ntkgp.linearization.frozen import FrozenNetwork
+from ntkgp.linearization.frozen import FrozenNetwork, OutputTypeError
 from ntkgp.linearization.packing import InputPacking
+
+
+def check_count(value: Any, name: str, least: int = 1) -> None:
+    """Refuse what is no whole number of at least so many."""
+    if isinstance(value, bool) or not isinstance(value, int) or value < least:
+        raise ValueError(f"{name}: expected an integer >= {least}, got {value!r}")
+
+
+def real_numbers(value: Any, name: str) -> Tensor:
+    """One number or several as a float64 tensor of their own."""
+    if isinstance(value, Tensor) and value.is_complex():
+        raise TypeError(f"{name}: expected real numbers, got {value.dtype}")
+    try:
+        return torch.as_tensor(value, dtype=torch.float64).detach().clone()
+    except (TypeError, ValueError, RuntimeError):
+        raise TypeError(f"{name}: expected a number or a tensor of numbers, got {type(value).__name__}") from None
 
 
 def check_weights(net: nn.Module) -> None:
@@ -36,7 +54,9 @@ def check_rows(frozen: FrozenNetwork, packing: InputPacking, x: Tensor) -> tuple
     with torch.no_grad():
         try:
             batch = frozen.run(module, leaves)
-        except (RuntimeError, ValueError, IndexError, KeyError) as reason:
+        except OutputTypeError:
+            raise
+        except (RuntimeError, ValueError, TypeError, LookupError, AttributeError, AssertionError) as reason:
             raise ValueError(f"example: the network does not run on it ({reason})") from reason
         if batch.ndim == 0 or batch.shape[0] != leaves[0].shape[0]:
             raise ValueError(

@@ -244,6 +244,8 @@ class LinearizedNetwork:
         if not isinstance(value, Tensor) or value.shape[-len(shape) :] != shape or value.ndim > len(shape) + 1:
             came = tuple(value.shape) if isinstance(value, Tensor) else type(value).__name__
             raise ValueError(f"{name}: expected shape {shape} or (K, {', '.join(map(str, shape))}), got {came}")
+        if value.is_complex():
+            raise TypeError(f"{name}: expected real numbers, got {value.dtype}")
 
     def jacobian_by_tensor(self, x: Any) -> Weights:
         """Jacobian rows of each parameter tensor: {name: (N, C, *parameter shape)}; all N rows at once."""
@@ -273,6 +275,8 @@ class LinearizedNetwork:
             if not isinstance(outputs, Tensor) or outputs.shape != packed.shape[:1] or outputs.is_floating_point():
                 came = tuple(outputs.shape) if isinstance(outputs, Tensor) else type(outputs).__name__
                 raise ValueError(f"outputs: expected one index per input, shape ({len(packed)},), got {came}")
+            if bool(((outputs < 0) | (outputs >= self.num_outputs)).any()):
+                raise ValueError(f"outputs: expected indices from 0 to {self.num_outputs - 1}, got {outputs.tolist()}")
             outputs = outputs if outputs.dtype == torch.bool else outputs.to(packed.device, torch.long)
         return Side(packed, outputs)
 
@@ -280,6 +284,11 @@ class LinearizedNetwork:
     def _check_products(dtype: torch.dtype) -> None:
         if dtype not in (torch.float64, torch.float32):
             raise ValueError(f"dtype: expected torch.float64 or torch.float32, got {dtype!r}")
+
+    def _check_variance(self, variance: Tensor) -> None:
+        if not isinstance(variance, Tensor) or variance.shape != (len(self.groups),):
+            came = tuple(variance.shape) if isinstance(variance, Tensor) else type(variance).__name__
+            raise ValueError(f"variance: expected shape ({len(self.groups)},), got {came}")
 
     def grams(
         self,
@@ -333,9 +342,7 @@ class LinearizedNetwork:
 
         Cost: as :meth:`grams`, with one N1·C × N2·C result.
         """
-        if not isinstance(variance, Tensor) or variance.shape != (len(self.groups),):
-            came = tuple(variance.shape) if isinstance(variance, Tensor) else type(variance).__name__
-            raise ValueError(f"variance: expected shape ({len(self.groups)},), got {came}")
+        self._check_variance(variance)
         left, right = self._side(x1), None if x2 is None else self._side(x2)
         if left.needs_graph or (right is not None and right.needs_graph):
             totals = self.engine.graph(left, right, torch.float64)

@@ -7,8 +7,8 @@ from functools import cached_property, wraps
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
+import scipy
 import torch
-from scipy.sparse.linalg import LinearOperator, eigsh
 from torch import Tensor
 
 from ntkgp.linearization.grams.factors import Factors
@@ -370,9 +370,9 @@ def _lanczos(multiply: Any, rows: int, count: int, like: Tensor, tolerance: floa
     def matvec(v: np.ndarray) -> np.ndarray:
         return multiply(torch.from_numpy(v.reshape(rows, 1)).to(like)).cpu().numpy()[:, 0]
 
-    operator = LinearOperator((rows, rows), matvec=matvec, dtype=np.float64)
+    operator = scipy.sparse.linalg.LinearOperator((rows, rows), matvec=matvec, dtype=np.float64)
     start = np.random.default_rng(0).standard_normal(rows)
     if not matvec(start).any():
         raise ValueError(_NO_GRADIENTS)
-    values, vectors = eigsh(operator, k=min(count, rows - 1), v0=start, which="LA", tol=tolerance)
+    values, vectors = scipy.sparse.linalg.eigsh(operator, k=min(count, rows - 1), v0=start, which="LA", tol=tolerance)
     return torch.from_numpy(values.copy()).to(like), torch.from_numpy(vectors.copy()).to(like)

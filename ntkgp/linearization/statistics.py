@@ -7,7 +7,7 @@ from itertools import pairwise
 from typing import TYPE_CHECKING, Any
 
 import numpy
-import scipy.linalg
+import scipy
 import torch
 from torch import Tensor
 

@@ -258,6 +258,8 @@ def _likelihood(likelihood: str | Likelihood, lin: LinearizedNetwork, y: Tensor)
     if likelihood != "regression":
         raise ValueError(f"likelihood: expected 'regression', 'classification' or a Likelihood, got {likelihood!r}")
     # GPyTorch's floor of 1e-4 is meant for standardised targets; this one follows their units and their rounding.
+    if isinstance(y, Tensor) and y.is_complex():
+        raise TypeError(f"train_data: expected targets that are real numbers, got {y.dtype}")
     floor = GreaterThan(noise_floor(y)) if isinstance(y, Tensor) else None
     if c > 1 and len(lin.output_shape) == 1:
         return MultitaskGaussianLikelihood(num_tasks=c, has_global_noise=False, noise_constraint=floor)

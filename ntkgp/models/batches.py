@@ -11,12 +11,17 @@ from gpytorch.likelihoods import Likelihood
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, IterableDataset
 
+from ntkgp.distributed import broadcast_object, checksum, gather_numbers, world_size
 from ntkgp.likelihoods import validate_labels
 from ntkgp.linearization import LinearizedNetwork
 from ntkgp.linearization.packing import tree_flatten, tree_unflatten
 from ntkgp.models.noise import is_classification
 
 _BATCH = 256
+OTHER_DATA = (
+    "the processes were given different data, or the same in another order; give each of them all of the data (no "
+    "DistributedSampler), in an order that does not depend on the process"
+)
 
 
 def shaped_targets(y: Any, lin: LinearizedNetwork, classification: bool, num_rows: int, name: str) -> Tensor:
@@ -178,6 +183,17 @@ class Batches:
             self.random_state()
             assert self._passes is not None
             self._passes.set_state(state)
+
+    def share(self) -> None:
+        """Before passes that all processes share: give them the random state of rank 0, so that they shuffle alike.
+
+        :raises ValueError: tensors that differ between the processes.
+        """
+        if world_size() == 1:
+            return
+        self.set_random_state(broadcast_object(self.random_state()))
+        if isinstance(self._source, tuple) and len(set(gather_numbers(checksum(0, *self._source)))) > 1:
+            raise ValueError(f"{self._name}: {OTHER_DATA}")
 
     @property
     def in_memory(self) -> bool:

@@ -31,8 +31,29 @@ def memory_of_fit(lin: LinearizedNetwork, num_data: int) -> int:
     return max(matrices_of_fit(n), 8 * n**2 + lin.gram_memory(1, num_data))
 
 
+class DataSide:
+    """What a visit to the training data leaves behind, with a row for each observation; see :class:`DualSide`."""
+
+    x: Tensor
+    outputs: Tensor
+
+    @property
+    def num_data(self) -> int:
+        """N."""
+        return len(self.outputs)
+
+    def is_of(self, x: Tensor | None, targets: Tensor | None, likelihood: Likelihood) -> bool:
+        """Whether the visit was to these inputs."""
+        return self.x is x
+
+    def noise(self, likelihood: Likelihood, targets: Tensor) -> LinearOperator:
+        """Covariance of the observation noise of the training data."""
+        check_fixed_noise(likelihood, self.num_data)
+        return likelihood._shaped_noise_covar(targets.shape)
+
+
 @dataclass(frozen=True)
-class DualSide:
+class DualSide(DataSide):
     """What one visit to the training data leaves behind; independent of every hyper-parameter and of the targets.
 
     :param x: the training inputs, packed.
@@ -72,23 +93,9 @@ class DualSide:
             offset = prior_mean(x).reshape_as(outputs)
             return cls(lin, prior_mean, max_memory, x, grams, outputs, offset, tangent, factors)
 
-    @property
-    def num_data(self) -> int:
-        """N."""
-        return len(self.outputs)
-
-    def is_of(self, x: Tensor | None, targets: Tensor | None, likelihood: Likelihood) -> bool:
-        """Whether the visit was to these inputs."""
-        return self.x is x
-
     def gram(self, precision: Tensor) -> Tensor:
         """K of the training inputs."""
         return self.grams.weighted_sum(precision.reciprocal().to(torch.float64))
-
-    def noise(self, likelihood: Likelihood, targets: Tensor) -> LinearOperator:
-        """Covariance of the observation noise of the training data."""
-        check_fixed_noise(likelihood, self.num_data)
-        return likelihood._shaped_noise_covar(targets.shape)
 
     def cross(self, x: Tensor, precision: Tensor, factors: Any) -> Tensor:
         """K(x, X), shape (T·C, N·C)."""

@@ -17,6 +17,7 @@ from torch.utils.data import DataLoader, Dataset
 from ntkgp.evidence.problem import AnyProblem
 from ntkgp.kernels import NeuralTangentKernel
 from ntkgp.linearization import LinearizedNetwork
+from ntkgp.linearization.checks import check_count
 from ntkgp.linearization.memory import format_memory, parse_memory
 from ntkgp.linearization.statistics import rows_at_a_time
 from ntkgp.means import LinearizedMean, NetworkMean
@@ -390,8 +391,7 @@ class ExactNTKGP(Certified, NetworkGP, ExactGP):
         >>> draw(x).shape
         torch.Size([5, 10])
         """
-        if num_samples < 1:
-            raise ValueError(f"num_samples: expected a positive number, got {num_samples}")
+        check_count(num_samples, "num_samples")
         lin = self.lin
         with torch.no_grad():
             precision = self.kernel.precision.detach()

@@ -14,10 +14,11 @@ from linear_operator.operators import BlockDiagLinearOperator, RootLinearOperato
 from torch import Tensor
 
 from ntkgp.checkpoint import Checkpoint, moved_to, running
+from ntkgp.distributed import alone
+from ntkgp.evidence.accumulation import accumulate
 from ntkgp.evidence.collapsed import Collapsed
 from ntkgp.evidence.single_pass import (
     OnePassEvidence,
-    accumulate,
     check_choices,
     current_noise,
     pass_identity,
@@ -28,6 +29,7 @@ from ntkgp.evidence.single_pass import (
 from ntkgp.evidence.streaming import StreamedEvidence, StreamStatistics
 from ntkgp.kernels import NeuralTangentKernel
 from ntkgp.linearization import LinearizedNetwork
+from ntkgp.linearization.checks import check_count
 from ntkgp.linearization.memory import parse_memory
 from ntkgp.linearization.nystrom import EIGENVALUE_CUT, LandmarkFeatures
 from ntkgp.means import LinearizedMean, NetworkMean
@@ -196,7 +198,9 @@ class NystromNTKGP(Certified, NetworkGP, GP):
     ) -> NystromNTKGP:
         """Choose the landmarks and their features at the present precisions, and pass over the data once.
 
-        An interrupt leaves the model as it was.
+        An interrupt leaves the model as it was. In a process group (:mod:`ntkgp.distributed`) all ranks make this call
+        with all of the data and share the pass, with the same bits for any number of them; with validation data every
+        rank makes the whole pass.
 
         :param train_data: as to the constructor; by default the data given there, or to the last call.
         :param progress: show a progress bar.
@@ -205,13 +209,14 @@ class NystromNTKGP(Certified, NetworkGP, GP):
             keeps the sums (and that scale) with the smallest. They are of a part of the data: no evidence then.
         :param search_frequency: rows between two looks at the validation data.
         :param checkpoint: a folder, or a :class:`~ntkgp.checkpoint.Checkpoint`: a call that was killed is repeated on a
-            model made alike and goes on with the batch where it stood, to the very same sums.
+            model made alike, by any number of processes, and goes on where it stood, to the very same sums.
         :raises CheckpointMismatch: a checkpoint of another network, other data or other options.
         :return: the model, in eval mode.
         """
         batches = self._batches if train_data is None else self._passes(train_data)
         if batches is None:
             raise ValueError("train_data: neither the model nor fit() was given any")
+        batches.share()
         validation = (
             None if validation is None else Batches.of(validation, self.lin, self.likelihood, name="validation")
         )
@@ -220,7 +225,8 @@ class NystromNTKGP(Certified, NetworkGP, GP):
             running(checkpoint, lambda: self._identity(batches, validation, search_frequency)) as run,
         ):
             if run.state is None:
-                features = self._choose_features(batches)
+                with alone():  # by every rank alike, as by a single process
+                    features = self._choose_features(batches)
             else:
                 features = restored_features(self.lin, run.state, self.max_memory)
             search = None if validation is None else _EarlyStopping(self, features, batches, validation)
@@ -358,8 +364,7 @@ class NystromNTKGP(Certified, NetworkGP, GP):
 
         Cost: S·G backward passes over the landmarks; memory S·P.
         """
-        if num_samples < 1:
-            raise ValueError(f"num_samples: expected a positive number, got {num_samples}")
+        check_count(num_samples, "num_samples")
         if self.residual:
             raise ValueError("sample_functions: residual=True adds independent variances that no weights draw")
         features, model = self._fitted()[0], self.collapsed()

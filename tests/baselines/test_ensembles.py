@@ -12,6 +12,7 @@ from torch.distributions import Categorical
 from torch.utils.data import DataLoader, TensorDataset
 
 from ntkgp.baselines.ensembles import SWAG, DeepEnsemble, MCDropout, reinitialized
+from ntkgp.baselines.point import Point
 from tests import reference
 from tests.reference import DOUBLE
 
@@ -116,7 +117,9 @@ def test_state_of_members_from_a_factory() -> None:
     fresh = DeepEnsemble(sample.net, **options).load_state_dict(fitted.state_dict(), sample.x)
     assert torch.equal(fresh.predict(sample.x_test).stddev, fitted.predict(sample.x_test).stddev)
     with pytest.raises(ValueError, match="missing the tensors of members"):
-        fresh.load_state_dict({"noise": fitted.noise, "temperature": fitted.temperature})
+        fresh.load_state_dict({k: v for k, v in fitted.state_dict().items() if not k.startswith("members.")})
+    with pytest.raises(ValueError, match="state: expected that of DeepEnsemble for regression, got Point for regr"):
+        fresh.load_state_dict(Point(sample.net).fit((sample.x, sample.y)).state_dict())
 
 
 def test_reinitialized_keeps_frozen_layers() -> None:

@@ -277,7 +277,7 @@ def test_state_dict_of_tensors_restores_predictions() -> None:
     torch.testing.assert_close(loaded.mean, expected.mean, rtol=0, atol=0)
     torch.testing.assert_close(loaded.variance, expected.variance, rtol=1e-12, atol=0)
     with pytest.raises(ValueError, match="missing"):
-        other.load_state_dict({"theta": state["theta"]})
+        other.load_state_dict({name: state[name] for name in ("method", "theta")})
 
 
 def test_default_noise_is_the_mean_square_of_the_residuals_of_each_output() -> None:

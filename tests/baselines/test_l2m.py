@@ -298,7 +298,7 @@ def test_state_dict_of_tensors_restores_predictions() -> None:
     other.load_state_dict(state, example=x[:2])
     assert torch.equal(other.predict(x).mean, l2m.predict(x).mean)
     with pytest.raises(ValueError, match="state: expected"):
-        other.load_state_dict({"noise": state["noise"]})
+        other.load_state_dict({name: state[name] for name in ("method", "noise")})
 
 
 def test_users_network_optimiser_and_random_state_are_left_alone() -> None:

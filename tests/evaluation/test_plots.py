@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import subprocess
 import sys
 
 import numpy as np
@@ -83,13 +82,13 @@ def test_axes_given_are_drawn_into():
     assert not axes[0].lines
 
 
-def test_plots_never_import_pyplot():
+def test_plots_never_import_pyplot(fresh):
     code = (
         "import sys, torch; from ntkgp.evaluation import plots;"
         "plots.evidence_trace({'a': [1.0, 2.0]}).figure.savefig(sys.argv[1], format='png');"
         "assert 'matplotlib.pyplot' not in sys.modules"
     )
-    subprocess.run([sys.executable, "-W", "ignore", "-c", code, "/dev/null"], check=True, timeout=120)
+    fresh.run(code, "/dev/null", timeout=120)
 
 
 def test_a_missing_matplotlib_is_named(monkeypatch):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -111,3 +112,25 @@ def test_once_differentiable(caplog):
     assert torch.allclose(lin.vjp(x, u), torch.einsum("ncp,nc->p", j, u), rtol=1e-12, atol=1e-12)
     gram = j.flatten(0, 1) @ j.flatten(0, 1).T
     assert torch.allclose(lin.grams(x).sum(0), gram, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("rows", [1, 2, 3, 5])
+@pytest.mark.parametrize("outputs", [1, 2, 3])
+def test_batches_of_one_size_are_not_mixed_up(rows: int, outputs: int) -> None:
+    """PReLU of a frozen slope: nested vmap takes rows for outputs where there are as many of both, or one."""
+    with ref.seeded(0):
+        net = nn.Sequential(nn.Linear(3, 4), nn.PReLU(4), nn.Linear(4, 4), nn.PReLU(4), nn.Linear(4, outputs)).double()
+        x = torch.randn(rows, 3, dtype=torch.float64)
+    net[1].requires_grad_(False)
+    net[3].requires_grad_(False)
+    lin = ntkgp.LinearizedNetwork(net, x)
+    torch.testing.assert_close(lin.jacobian(x), ref.jacobian(net, x), rtol=1e-12, atol=1e-12)
+
+
+def test_logits_of_any_object() -> None:
+    class Answering(nn.Linear):
+        def forward(self, x: Tensor) -> SimpleNamespace:
+            return SimpleNamespace(logits=super().forward(x), loss=None)
+
+    net, x = Answering(3, 2), torch.ones(4, 3)
+    assert torch.equal(ntkgp.LinearizedNetwork(net, x)(x), net(x).logits.detach())

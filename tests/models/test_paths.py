@@ -119,7 +119,7 @@ def test_draws_at_the_data_concentrate_there() -> None:
     assert float((values - sample.y[:12].squeeze(-1)).abs().max()) < 0.06
 
 
-@pytest.mark.parametrize("bad", [0, -1])
+@pytest.mark.parametrize("bad", [0, -1, 1.5, True])
 def test_bad_number(bad: int) -> None:
-    with pytest.raises(ValueError, match="num_samples: expected a positive number"):
+    with pytest.raises(ValueError, match="num_samples: expected an integer >= 1"):
         build(1)[1].sample_functions(bad)

@@ -26,7 +26,7 @@ from ntkgp.kernels import NeuralTangentKernel, NystromKernel, SharedKernel
 from ntkgp.likelihoods import BernoulliLikelihood, CategoricalLikelihood, point_covariances
 from ntkgp.models.batches import Batches
 from ntkgp.models.variational import VariationalNTKGP, kmeans_inducing_points
-from ntkgp.models.variational.fit import batch_objective
+from ntkgp.models.variational.batch import batch_objective
 from ntkgp.models.variational.optimum import predictive_scores
 from tests import nystrom_oracle as oracle
 from tests import reference as ref

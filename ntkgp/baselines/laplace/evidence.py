@@ -7,8 +7,8 @@ import math
 from dataclasses import dataclass
 
 import numpy
+import scipy
 import torch
-from scipy.optimize import minimize
 from torch import Tensor
 
 from ntkgp.baselines.laplace.kfac import Kfac
@@ -142,7 +142,7 @@ class Evidence:
         start = torch.cat([precision[groups].log().clamp(-_BOUND, _BOUND), *([noise_start] if free_noise else [])])
         bounds = [(-_BOUND, _BOUND)] * count
         bounds += [(v - _NOISE, v + _NOISE) for v in noise_start.tolist()] if free_noise else []
-        result = minimize(
+        result = scipy.optimize.minimize(
             objective, start.numpy(), jac=True, method="L-BFGS-B", bounds=bounds,
             options={"maxiter": 200, "ftol": 1e-13, "gtol": 1e-7 * max(1, self.tangent.num_data)},
         )  # fmt: skip

@@ -20,6 +20,7 @@ from ntkgp.baselines.laplace.structures import Diagonal, Dual, Primal, Structure
 from ntkgp.baselines.laplace.tangent import Tangent, squared_errors
 from ntkgp.baselines.protocol import Baseline, labelled, normal, observed
 from ntkgp.likelihoods import BernoulliLikelihood, CategoricalLikelihood
+from ntkgp.linearization.checks import real_numbers
 from ntkgp.linearization.frozen import pass_environment
 from ntkgp.models.batches import Batches
 
@@ -196,7 +197,7 @@ class Laplace(Baseline):
         return self.log_evidences.get(self.evidence or "theta_star", self.log_evidences["theta"])
 
     def _positive(self, name: str, value: float | Tensor, count: int) -> Tensor:
-        found = torch.as_tensor(value, dtype=torch.float64).detach().clone()
+        found = real_numbers(value, name)
         if found.ndim == 0:
             found = found.expand(count).clone()
         if found.shape != (count,) or not bool(((found > 0) & found.isfinite()).all()):

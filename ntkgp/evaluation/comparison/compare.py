@@ -22,6 +22,7 @@ from tqdm import tqdm
 
 from ntkgp.baselines import Baseline
 from ntkgp.baselines.protocol import likelihood_of
+from ntkgp.distributed import alone, broadcast_object, gather_objects, rank, world_size
 from ntkgp.evaluation.comparison.isolation import Ended, Outcome, Unsendable, Workplace, attempt
 from ntkgp.evaluation.comparison.methods import GaussianProcess, Method, Predictor, default_methods
 from ntkgp.evaluation.comparison.results import Comparison, Row
@@ -96,6 +97,9 @@ def compare(
     :raises ValueError: an unknown method, two of the same label, data that do not fit the network.
     :raises TypeError: data or methods of another kind.
 
+    In a process group (:mod:`ntkgp.distributed`) all ranks make this call; each computes its share of the missing
+    methods by itself, and all of them get the whole table.
+
     Cost: that of the methods, and with ``isolate`` some seconds for another interpreter. Prediction is timed apart from
     the fit; a method's memory is beyond that of the interpreter with network and data.
 
@@ -114,21 +118,28 @@ def compare(
     if validation is not None:
         problem.shared["validation"] = validation
     chosen = _labelled(default_methods(net, problem.shared) if methods is None else methods)
-    rows: list[Row] = []
     with ExitStack() as stack:
         bench = _Bench(problem, isolate, time_limit, stack)
         kept = _Kept(None if folder is None else Path(folder), problem, isolate, bench.notes)
-        for label, method in tqdm(chosen.items(), "methods", disable=not progress):
-            # Before the fit, which may change the method.
-            path = kept.path(label, method)
-            row = None if path is None else _load(path)
-            if row is None:
-                row = bench.row(label, method)
+        # Before the fits, which may change the methods.
+        paths = {label: kept.path(label, method) for label, method in chosen.items()}
+        rows = {label: row for label, path in paths.items() if path is not None and (row := _load(path)) is not None}
+        # What rank 0 has found: a rank that looks later may find what another has just written.
+        rows = broadcast_object(rows)
+        own = [label for label in chosen if label not in rows][rank() :: world_size()]
+        with alone():
+            for label in tqdm(own, "methods", disable=not progress):
+                row, path = bench.row(label, chosen[label]), paths[label]
                 if path is not None and not row.failure:
                     _save(path, row)
-            rows.append(replace(row, data=name))
+                rows[label] = row
+    notes: list[str] = []
+    for found, said in gather_objects((rows, bench.notes)):
+        rows |= found
+        notes += said
     kind = problem.shared["likelihood"]
-    return Comparison(rows, kind, {name: _targets(problem, kind)}, bench.notes)
+    listed = [replace(rows[label], data=name) for label in chosen]
+    return Comparison(listed, kind, {name: _targets(problem, kind)}, notes)
 
 
 def evaluate(problem: Problem, method: Any) -> Row:

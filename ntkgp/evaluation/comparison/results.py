@@ -32,11 +32,12 @@ _TITLES = {
     "nll": "NLL", "rmse": "RMSE", "crps": "CRPS", "cqm": "CQM", "coverage": "95 % cov.", "width": "95 % width",
     "ood_auc": "OOD-AUC", "ood_aupr": "OOD-AUPR", "ood_fpr95": "OOD-FPR95", "ood_auc_variance": "OOD-AUC (var.)",
     "accuracy": "accuracy", "ece": "ECE", "adaptive_ece": "adaptive ECE", "brier": "Brier", "aurc": "AURC",
-    "calibrated_nll": "NLL, temp.", "seconds": "seconds", "memory": "MB",
+    "calibrated_nll": "NLL, temp.", "seconds": "seconds", "memory": "MiB",
 }  # fmt: skip
 
 
 _WIDEST = 72
+_ROUNDING = 1e-9
 
 
 @dataclass(frozen=True)
@@ -48,7 +49,7 @@ class Row:
     :param scores: by name; empty where the method failed.
     :param errors: standard errors over the test points, nan where a score is no mean over points.
     :param fit_seconds, predict_seconds: wall clock.
-    :param memory: peak of the method's process above that with the network and the data alone, in MB; nan where it was
+    :param memory: peak of the method's process above that with the network and the data alone, in MiB; nan where it was
         not measured.
     :param failure: why there are no scores.
     :param predicted: of the test inputs, for the curves.
@@ -175,10 +176,7 @@ class Comparison:
 
     @property
     def table(self) -> Table:
-        """The usual columns; best scores are marked with ``*``, those within one standard error of them with ``°``.
-
-        A mean over fewer splits than the set has says of how many, and has no mark.
-        """
+        """The usual columns with their marks (:meth:`mark`); a mean over some of a set's splits says of how many."""
         return self.table_of()
 
     def table_of(self, columns: Sequence[str] | None = None) -> Table:
@@ -193,7 +191,9 @@ class Comparison:
                 found = {name: self.summary(name, method, data) for name in names}
                 if not any(row.method == method and _set(row.data) == data for row in self.rows):
                     continue
-                texts = [_cell(name, *found[name], splits, best[name]) for name in names]
+                texts = [
+                    _cell(name, *found[name], splits) + self._mark(name, method, data, best[name]) for name in names
+                ]
                 failure = self._failure(method, data)
                 if failure and not any(count for _, _, count in found.values()):
                     texts = [shorten("failed: " + failure, _WIDEST, placeholder=" …")] + [""] * (len(names) - 1)
@@ -203,6 +203,17 @@ class Comparison:
                               | {f"{name}_error": found[name][1] for name in names})  # fmt: skip
         titles = ["method", *(["data"] if several else []), *(_TITLES.get(name, name) for name in names)]
         return Table(titles, cells, values)
+
+    def mark(self, column: str, method: str, data: str = "") -> str:
+        """``*`` where a method's mean of a score is the best on a set, ``°`` where it is not told from the best.
+
+        With several splits: where its mean difference from the best one on the same splits is at most the standard
+        error of that difference, for what makes a split hard is common to both. With one split, where only means over
+        the test points are kept: at most the best one's standard error over these. Means are equally good where they
+        are equal but for rounding, 1e-9 of their size. Nothing for a mean over some of the splits only, for what is no
+        score of quality (coverage, width, seconds, memory), and where there is nobody to be better than.
+        """
+        return self._mark(column, method, data, self._best(column, data))
 
     def to_csv(self, path: str | Path | None = None) -> str:
         """Every number of every row as comma-separated values; also written to a file where one is named."""
@@ -317,16 +328,33 @@ class Comparison:
         asked = {(row.method, _set(row.data)) for row in self.rows}
         return [method for method in self.methods if all((method, data) in asked for data in self.datasets)]
 
-    def _best(self, column: str, data: str) -> tuple[float, float] | None:
-        """The best mean of a score and its standard error; None for what is no score of quality."""
+    def _best(self, column: str, data: str) -> str | None:
+        """The method with the best mean of a score; None for what is no score of quality."""
         if column in ("seconds", "memory", "coverage", "width"):
             return None
-        found = [self._whole(column, method, data) for method in self.methods]
-        found = [pair for pair in found if math.isfinite(pair[0])]
-        if len(found) < 2:
+        means = {method: self._whole(column, method, data)[0] for method in self.methods}
+        means = {method: mean for method, mean in means.items() if math.isfinite(mean)}
+        if len(means) < 2:
             return None
-        best = max(found) if column in LARGER_IS_BETTER else min(found)
-        return best[0], best[1] if math.isfinite(best[1]) else 0.0
+        return (max if column in LARGER_IS_BETTER else min)(means, key=means.__getitem__)
+
+    def _mark(self, column: str, method: str, data: str, best: str | None) -> str:
+        if best is None:
+            return ""
+        mean, (top, error) = self._whole(column, method, data)[0], self._whole(column, best, data)
+        if not math.isfinite(mean):
+            return ""
+        distance = abs(mean - top)
+        if distance <= _ROUNDING * max(abs(mean), abs(top)):
+            return "*"
+        values = [
+            {row.data: row.value(column) for row in self.rows if row.method == name and _set(row.data) == data}
+            for name in (method, best)
+        ]
+        if len(values[0]) > 1:
+            differences = torch.tensor([values[0][split] - values[1][split] for split in values[0]]).double()
+            error = float(differences.std()) / math.sqrt(len(differences))
+        return "°" if distance <= error else ""
 
 
 def _parsed(line: Mapping[str, str]) -> Row:
@@ -354,7 +382,7 @@ def _drawable(row: Row) -> bool:
     return all(bool(torch.isfinite(part).all()) for part in parts if part is not None)
 
 
-def _cell(column: str, mean: float, error: float, count: int, splits: int, best: tuple[float, float] | None) -> str:
+def _cell(column: str, mean: float, error: float, count: int, splits: int) -> str:
     if not count:
         return "–"
     if column in ("seconds", "memory"):
@@ -364,12 +392,7 @@ def _cell(column: str, mean: float, error: float, count: int, splits: int, best:
         text = f"{mean:.3f}"
     if math.isfinite(error):
         text += f" ± {error:.3f}"
-    if count < splits:
-        return text + f" ({count} of {splits})"
-    if best is not None and math.isfinite(mean):
-        distance = best[0] - mean if column in LARGER_IS_BETTER else mean - best[0]
-        text += "*" if distance <= 0 else "°" if distance <= best[1] else ""
-    return text
+    return text if count == splits else text + f" ({count} of {splits})"
 
 
 def _number(value: float | None) -> str:
@@ -424,11 +447,23 @@ def _score_panel(found: Comparison, column: str, ax: Any) -> None:
     ax.set_title(_TITLES.get(column, column), loc="left", fontsize=10)
     if len(found.datasets) > 1:
         ax.legend(frameon=False, fontsize=7)
-    finite = [found.summary(column, method, data)[0] for method in methods for data in found.datasets]
-    finite = sorted(value for value in finite if math.isfinite(value))
-    if len(finite) > 2:
-        # One absurd method must not hide the differences between the others.
-        middle, spread = finite[len(finite) // 2], finite[len(finite) // 2] - finite[0]
-        if column not in LARGER_IS_BETTER and finite[-1] > middle + 8 * max(spread, 1e-3):
-            ax.set_xlim(finite[0] - 0.5 * max(spread, 1e-3), middle + 8 * max(spread, 1e-3))
-            ax.set_xlabel("cut: some are beyond", fontsize=8)
+    means = [found.summary(column, method, data)[:2] for method in methods for data in found.datasets]
+    limits = None if column in LARGER_IS_BETTER else _limits([pair for pair in means if math.isfinite(pair[0])])
+    if limits is not None:
+        ax.set_xlim(*limits)
+        ax.set_xlabel("cut: some are beyond", fontsize=8)
+
+
+def _limits(means: list[tuple[float, float]]) -> tuple[float, float] | None:
+    """Where to cut means (with errors), so that a few absurd ones do not hide how the others differ; None: nowhere."""
+    if len(means) < 3:
+        return None
+    values, errors = sorted(mean for mean, _ in means), sorted(e for _, e in means if math.isfinite(e))
+    # At most a quarter of them is beyond.
+    low, high = values[0], values[3 * (len(values) - 1) // 4]
+    bar = errors[len(errors) // 2] if errors else 0.0
+    spread = high - low
+    # Where most of them tie there are no differences to be shown.
+    if spread <= max(bar, 1e-3 * abs(high)) or values[-1] <= high + 8 * spread:
+        return None
+    return low - 0.5 * spread, high + 8 * spread

@@ -7,8 +7,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
+import scipy
 import torch
-from scipy.stats import spearmanr
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -272,7 +272,7 @@ def score_image(
     return ImageScores(
         psnr(mean, truth, span), ssim(mean, truth, span) if truth.dim() > 1 else math.nan, span,
         float(error.square().mean().sqrt()), oracle_log_likelihood(mean, truth),
-        float(spearmanr(error.abs().numpy(), sd.numpy()).statistic) if varies else math.nan,
+        float(scipy.stats.spearmanr(error.abs().numpy(), sd.numpy()).statistic) if varies else math.nan,
         tuple(likelihoods), tuple(calibrations), patch_size, len(mask),
     )  # fmt: skip
 

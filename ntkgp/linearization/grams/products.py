@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
+from ntkgp.distributed import Shards, computed_in_turn, grouped
 from ntkgp.linearization.grams.engine import Side
 from ntkgp.linearization.grams.packed import PackedWriter
 from ntkgp.linearization.memory import format_memory, parse_memory
@@ -18,6 +19,9 @@ if TYPE_CHECKING:
 
 # Tile of the copy from below to above the diagonal.
 _MIRROR = 512
+# Panels of a symmetric Gram that the processes of a group share, and rows from which on they do.
+_PANELS = 16
+_LEAST_SHARED = 1024
 
 
 def grams(
@@ -27,7 +31,13 @@ def grams(
     """See :meth:`ntkgp.LinearizedNetwork.grams`."""
     n1 = len(left) * left.num_outputs(lin)
     n2 = n1 if right is None else len(right) * right.num_outputs(lin)
-    out = _fill(lin, left, right, (len(lin.groups), n1, n2), parse_memory(max_memory), dtype, None, progress, force)
+    budget, size = parse_memory(max_memory), len(lin.groups) * n1 * n2 * dtype.itemsize
+    if right is None and _is_shared(lin, left, budget - size, dtype):
+        out = torch.zeros(len(lin.groups), n1, n2, dtype=dtype, device=left.x.device)
+        for rows, panel in _panels(lin, left, budget - size, dtype):
+            out[:, rows, : rows.stop] = panel
+    else:
+        out = _fill(lin, left, right, (len(lin.groups), n1, n2), budget, dtype, None, progress, force)
     if right is None:
         for matrix in out:
             mirror(matrix)
@@ -67,9 +77,45 @@ def symmetric_grams(
     stack = SymmetricGrams(groups, n, dtype=dtype, device=side.x.device, storage=storage, directory=directory)
     writer = PackedWriter(stack, k, torch.float64)
     rest = budget - 8 * n * n - (held if storage == "memory" else 0)
+    if _is_shared(lin, side, rest, torch.float64):
+        for rows, panel in _panels(lin, side, rest, torch.float64):
+            for i, (a, b) in enumerate(stack.bounds):
+                top, bottom, end = max(a, rows.start), min(b, rows.stop), min(b, rows.stop)
+                if top < bottom:
+                    stack.strips(i)[:, top - a : bottom - a, :end] = panel[
+                        :, top - rows.start : bottom - rows.start, :end
+                    ]
+        return stack
     lin.engine.fill(side, None, rest, torch.float64, writer, writer.start, None, progress)
     writer.flush()
     return stack
+
+
+def _is_shared(lin: LinearizedNetwork, side: Side, budget: int, dtype: torch.dtype) -> bool:
+    """Whether there are processes to share a symmetric Gram with, and room for its factors and a panel or two."""
+    rows = len(side) * side.num_outputs(lin)
+    if not grouped() or rows < _LEAST_SHARED:
+        return False
+    panel = len(lin.groups) * dtype.itemsize * rows * -(-rows // _PANELS)
+    return lin.factors_memory(len(side)) + 3 * panel + lin.gram_memory(1, len(side)) <= budget
+
+
+def _panels(lin: LinearizedNetwork, side: Side, budget: int, dtype: torch.dtype) -> Iterator[tuple[slice, Tensor]]:
+    """Rows a … b − 1, columns 0 … b − 1 of a symmetric Gram, (G, b − a, b), each computed by one of the processes."""
+    factors = side.factors or lin.engine.factors(side.x, side.outputs, budget)
+    shards, k = Shards(len(side), _PANELS), side.num_outputs(lin)
+    blocks = [shards.bounds(s) for s in range(shards.count)]
+
+    def part(start: int, stop: int) -> Side:
+        block = factors.block(slice(start, stop))
+        return Side(block.x, block.outputs, block)
+
+    def compute(s: int) -> Tensor:
+        a, b = blocks[s]
+        return grams(lin, part(a, b), part(0, b), budget, False, dtype)
+
+    for s, panel in computed_in_turn(shards.count, compute):
+        yield slice(blocks[s][0] * k, blocks[s][1] * k), panel
 
 
 def _fill(

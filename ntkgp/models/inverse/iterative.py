@@ -11,8 +11,9 @@ from gpytorch.likelihoods import Likelihood
 from linear_operator.operators import LinearOperator
 from torch import Tensor
 
+from ntkgp.models.dual import DataSide
 from ntkgp.models.inverse.measured import MeasuredNetwork
-from ntkgp.models.noise import NoiseLink, check_fixed_noise
+from ntkgp.models.noise import NoiseLink
 from ntkgp.operators import NetworkHandle, NeuralTangentOperator
 from ntkgp.solvers import NystromPreconditioner, WhitenedSystem, solve
 
@@ -56,7 +57,7 @@ class IterativeFactors:
         return -self.solve((prior + noise).mT).mT
 
 
-class IterativeSide:
+class IterativeSide(DataSide):
     """What a visit to the measurements leaves behind where no n × n matrix is held; as ``DualSide``.
 
     :param lin: the measured network.
@@ -73,15 +74,6 @@ class IterativeSide:
             self.offset = prior_mean(x).reshape_as(self.outputs)
         self._blocks: Tensor | None = None  # shape: (G, n, 1, 1)
 
-    @property
-    def num_data(self) -> int:
-        """Number n of measurements."""
-        return len(self.outputs)
-
-    def is_of(self, x: Tensor | None, targets: Tensor | None, likelihood: Likelihood) -> bool:
-        """Whether the visit was to these inputs."""
-        return self.x is x
-
     def gram(self, precision: Tensor) -> Tensor:
         """K of the measurements, which a larger budget would allow."""
         raise ValueError("form: 'matrix_free' holds no Gram; use form='dual'")
@@ -92,11 +84,6 @@ class IterativeSide:
             f"form: 'matrix_free' with {self.num_data:,} measurements has no exact evidence; use "
             "model.fit_sampled_evidence(), or form='dual' with a larger max_memory"
         )
-
-    def noise(self, likelihood: Likelihood, targets: Tensor) -> LinearOperator:
-        """Covariance of the observation noise."""
-        check_fixed_noise(likelihood, self.num_data)
-        return likelihood._shaped_noise_covar(targets.shape)
 
     def operator(self, x1: Tensor, x2: Tensor, precision: Tensor) -> NeuralTangentOperator:
         """K(x1, x2), never formed: a product is B·jvp(Λ⁻¹·vjp(Aᵀ·))."""

@@ -379,9 +379,7 @@ class MeasuredNetwork(DerivedNetwork):
 
     def weighted_gram(self, x1: Any, x2: Any, variance: Tensor, max_memory: str | int | float = "2GiB") -> Tensor:
         """As of any network; between two sets of rows by products, a backward and a forward pass per row of one."""
-        if not isinstance(variance, Tensor) or variance.shape != (len(self.groups),):
-            came = tuple(variance.shape) if isinstance(variance, Tensor) else type(variance).__name__
-            raise ValueError(f"variance: expected shape ({len(self.groups)},), got {came}")
+        self._check_variance(variance)
         variance = variance.detach().to(torch.float64)
         one = self._index(x1)
         two = one if x2 is None else self._index(x2)

@@ -13,8 +13,8 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+import scipy
 import torch
-from scipy.optimize import minimize
 from torch import Tensor, nn
 from torch.func import functional_call
 
@@ -236,7 +236,7 @@ def filter_lengthscales(
     profile = _Profile(grams, targets, NoiseLink(model.likelihood, len(targets), 1).model())
     low, high = np.log(_LENGTHS)
     free = [g for g, parts in enumerate(grams.parts) if len(parts) > 1]
-    minimize(
+    scipy.optimize.minimize(
         profile, np.full(len(free), np.log(start)), jac=True, method="L-BFGS-B", bounds=[(low, high)] * len(free),
         options={"maxfun": max_evaluations, "gtol": tolerance * len(targets), "ftol": 1e-12},
     )  # fmt: skip

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field, fields
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import scipy.optimize
+import scipy
 import torch
 from torch import Tensor
 from tqdm import tqdm
@@ -20,6 +20,7 @@ from tqdm import tqdm
 from ntkgp.checkpoint import Checkpoint, Run, moved_to, plain, running
 from ntkgp.models.batches import Batches
 from ntkgp.models.noise import NoiseLink
+from ntkgp.models.variational.batch import shared_gradient
 from ntkgp.models.variational.expectations import gaussian_term, noise_block
 from ntkgp.models.variational.optimum import CollapsedObjective, CollapsedSearch, Statistics, predictive_scores
 
@@ -107,6 +108,7 @@ def fit_variational(
         raise ValueError(f"evidence={evidence!r} is that of the tangent kernel; this model has another kernel")
     started = time.perf_counter()
     batches = model._batches(train_data, batch_size)
+    batches.share()
     try:
         known = batches.num_data
     except ValueError:  # not before the first pass
@@ -377,6 +379,7 @@ class _Run:
         generator = torch.Generator(model.inducing_points.device).manual_seed(plan.seed)
         model.objective.generator = generator
         optimizer = torch.optim.Adam(self._parameter_groups(), betas=(0.9, 0.99))
+        learned = [p for group in optimizer.param_groups for p in group["params"]]
         total = plan.iterations or (plan.epochs or _EPOCHS) * self._batches_per_epoch()
         schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, total)
         at = _Place()
@@ -405,13 +408,12 @@ class _Run:
                     if index < at.done - at.epoch:
                         continue
                     optimizer.zero_grad()
-                    value = batch_objective(model, x, y)
-                    if not bool(torch.isfinite(value)):
-                        raise FloatingPointError(f"the objective became {float(value.detach())}; lower learning_rate")
-                    (-value / model.num_data).backward()
+                    value = shared_gradient(model, x, y, learned)
+                    if not math.isfinite(value):
+                        raise FloatingPointError(f"the objective became {value}; lower learning_rate")
                     optimizer.step()
                     schedule.step()
-                    at.sums, at.seen = at.sums + float(value.detach()) * len(x), at.seen + len(x)
+                    at.sums, at.seen = at.sums + value * len(x), at.seen + len(x)
                     at.done += 1
                     bar.update()
                     kept.offer(state)
@@ -451,23 +453,6 @@ class _Run:
             if learned:
                 groups.append({"params": learned, "lr": rate})
         return groups
-
-
-def batch_objective(model: VariationalNTKGP, x: Tensor, y: Tensor) -> Tensor:
-    """Unbiased estimate of the objective of all data, with a graph to what is learned.
-
-    With learned hyper-parameters a second process of the same covariance, whose mean is free and pays ½ aᵀK_Z a, is
-    fitted to the same data: it ties the kernel's scale and the noise to them (Ortega et al. 2024b).
-    """
-    strategy = model.variational_strategy
-    found, cross = strategy.reduction(), strategy.cross(x)
-    root, scale = cross @ found.root, model.num_data / len(x)
-    value = scale * model.objective.terms(model, x, y, root, None).sum() - found.kl
-    if not model.learn_hyperparameters:
-        return value
-    mean = model.prior_mean(x) + (cross @ model.dual_mean).reshape(len(x), -1)
-    price = 0.5 * model.dual_mean @ found.gram @ model.dual_mean
-    return value + scale * model.objective.terms(model, x, y, root, mean).sum() - found.kl - price
 
 
 def _log_density(model: VariationalNTKGP, latent: Any, y: Tensor) -> Tensor:

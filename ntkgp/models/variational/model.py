@@ -19,6 +19,7 @@ from ntkgp.evidence.streaming import StreamedEvidence
 from ntkgp.kernels import NeuralTangentKernel
 from ntkgp.kernels.composition import SharedKernel, outputs_of
 from ntkgp.linearization import LinearizedNetwork
+from ntkgp.linearization.checks import check_count
 from ntkgp.linearization.memory import parse_memory
 from ntkgp.means import LinearizedMean, NetworkMean
 from ntkgp.models.batches import Batches
@@ -309,6 +310,9 @@ class VariationalNTKGP(NetworkGP, ApproximateGP):
         on minibatches from the closed-form start; L is then set to its optimum again where that is known. An interrupt
         keeps the best state so far. What happened is in ``model.history``.
 
+        In a process group (:mod:`ntkgp.distributed`) all ranks make this call with all of the data, on models made
+        alike. They share the rows of every minibatch and of the closed-form pass; the rest each does by itself.
+
         :param train_data: ``(x, y)``, a Dataset or a DataLoader; N must be ``num_data``.
         :param epochs: passes of Adam over the data (default 20), or
         :param iterations: steps of Adam, or of L-BFGS (default 120).
@@ -405,8 +409,7 @@ class VariationalNTKGP(NetworkGP, ApproximateGP):
 
         Cost: S forward-mode and S backward passes over the inducing inputs; memory S·P.
         """
-        if num_samples < 1:
-            raise ValueError(f"num_samples: expected a positive number, got {num_samples}")
+        check_count(num_samples, "num_samples")
         if not self.products.is_tangent:
             raise ValueError("sample_functions draws weights of the tangent model; this model has another kernel")
         lin, z = self.lin, self.inducing_points.detach()

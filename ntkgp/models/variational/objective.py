@@ -41,6 +41,8 @@ class Objective:
             raise ValueError(f"expectation: expected one of {_EXPECTATIONS}, got {expectation!r}")
         self.power, self.expectation, self.classification = power, expectation, classification
         self.generator: torch.Generator | None = None
+        # First row and number of rows of the batch that the given rows are of, where they are not all of it.
+        self.share: tuple[int, int] | None = None
 
     @property
     def is_closed_form(self) -> bool:
@@ -69,5 +71,8 @@ class Objective:
         if power == 0 and self.expectation == "ggn":
             return curvature_term(outputs, y, covariance, None if mean is None else mean - outputs)
         generator = self.generator or torch.Generator(x.device).manual_seed(0)
-        draws = torch.randn(_DRAWS, *outputs.shape, generator=generator, dtype=outputs.dtype, device=x.device)
+        first, whole = self.share or (0, len(x))
+        shape = _DRAWS, whole, outputs.shape[-1]
+        # Drawn for the whole batch: the numbers of a row are the same whoever has it.
+        draws = torch.randn(shape, generator=generator, dtype=outputs.dtype, device=x.device)[:, first : first + len(x)]
         return sampled_term(centre, y, covariance, power, draws)

@@ -8,11 +8,12 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import scipy.optimize
+import scipy
 import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from ntkgp.distributed import sum_over_batches
 from ntkgp.evidence.streaming import add_square
 from ntkgp.likelihoods import whitened_targets
 from ntkgp.linearization.grams.factors import Factors
@@ -145,7 +146,7 @@ class Statistics:
 
 
 def gather(model: VariationalNTKGP, batches: Batches, progress: bool = False) -> Statistics:
-    """One pass over the data.
+    """One pass over the data, shared by all ranks of a process group.
 
     Cost: N·C·M'² flops twice, K_xZ and the C × C blocks; memory of one batch and of a few M' × M' matrices.
     """
@@ -153,23 +154,27 @@ def gather(model: VariationalNTKGP, batches: Batches, progress: bool = False) ->
     with torch.inference_mode(False), torch.no_grad():
         whitener = Whitener.of(model.products.inducing(z))
         rank = whitener.matrix.shape[1]
-        second, first = z.new_zeros(rank, rank), z.new_zeros(rank)
-        trace = squares = constant = fit = residuals = 0.0
-        num_data = num_rows = 0
-        with tqdm(desc="statistics", disable=not progress, unit="row") as bar:
-            for x, y in batches:
-                rows = _Rows.of(model, x, y)
-                whitened = rows.pull(model.products.cross(x, z) @ whitener.matrix)
-                add_square(second, whitened)
-                first.addmv_(whitened.mT, rows.targets.reshape(-1))
-                trace += float(torch.einsum("ncr,ncd,ndr->", rows.factor, model.products.blocks(x), rows.factor))
-                squares += float(rows.targets.square().sum())
-                constant, fit = constant + rows.constant, fit + rows.log_likelihood
-                residuals, num_rows = residuals + rows.network_squares, num_rows + rows.targets.numel()
-                num_data += len(x)
-                bar.update(len(x))
-    second = second.tril() + second.tril(-1).mT
-    return Statistics(whitener, second, first, trace, squares, constant, fit, residuals, num_rows, num_data)
+
+        def visit(batch: tuple[Tensor, Tensor]) -> Tensor:
+            x, y = batch
+            rows = _Rows.of(model, x, y)
+            whitened = rows.pull(model.products.cross(x, z) @ whitener.matrix)
+            square = z.new_zeros(rank, rank)
+            add_square(square, whitened)
+            trace = float(torch.einsum("ncr,ncd,ndr->", rows.factor, model.products.blocks(x), rows.factor))
+            squares = float(rows.targets.square().sum())
+            own = [trace, squares, rows.constant, rows.log_likelihood, rows.network_squares]
+            numbers = z.new_tensor([*own, rows.targets.numel(), len(x)])
+            return torch.cat([square.flatten(), whitened.mT @ rows.targets.reshape(-1), numbers])
+
+        passed = tqdm(batches, desc="statistics", disable=not progress, unit=" batches")
+        sums = sum_over_batches(passed, visit, z.new_zeros(rank * rank + rank + 7))
+    second, first = sums[: rank * rank].view(rank, rank), sums[rank * rank : -7]
+    trace, squares, constant, fit, residuals, num_rows, num_data = sums[-7:].tolist()
+    return Statistics(
+        whitener, second.tril() + second.tril(-1).mT, first.clone(), trace, squares, constant, fit, residuals,
+        round(num_rows), round(num_data),
+    )  # fmt: skip
 
 
 def predictive_scores(

@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 
 from benchmarks.timing import peak_memory, reset_peak
+from tests.fresh import FreshInterpreter
 
-ROOT = Path(__file__).parents[3]
 pytestmark = pytest.mark.skipif(
     not sys.platform.startswith("linux") or reset_peak() is None or peak_memory() is None, reason="needs /proc"
 )
@@ -94,14 +91,9 @@ SLACK = 2.0
 @pytest.mark.parametrize(
     ("net", "rows", "budgets"), [("conv", 40, (7, 20)), ("mlp", 48, (12, 32)), ("transformer", 16, (12, 32))]
 )
-def test_measured_peaks(net: str, rows: int, budgets: tuple[int, ...]) -> None:
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-    done = subprocess.run(
-        [sys.executable, "-c", PROGRAM, net, str(rows), *map(str, budgets)],
-        capture_output=True, text=True, env=environment, cwd=ROOT, timeout=120, check=False,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr
-    peaks = [line.split("\t") for line in done.stdout.splitlines()]
+def test_measured_peaks(net: str, rows: int, budgets: tuple[int, ...], fresh: FreshInterpreter) -> None:
+    printed = fresh.run(PROGRAM, net, rows, *budgets)
+    peaks = [line.split("\t") for line in printed.splitlines()]
     assert len(peaks) == 9 * len(budgets)
     for name, budget, peak, visited in peaks:
         assert float(peak) <= float(budget) + SLACK, (name, budget, peak)
