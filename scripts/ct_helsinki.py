@@ -66,7 +66,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("docs/results"))
     parser.add_argument("--phantom", choices=("ta", "tb"), default="ta")
     parser.add_argument("--size", type=int, default=128)
-    parser.add_argument("--norm", choices=("group", "none"), default="group")
+    parser.add_argument("--norm", choices=("group", "none"), default="none")
     parser.add_argument("--groups", choices=("single", "block"), default="single")
     parser.add_argument("--iterations", type=int, default=20_000)
     parser.add_argument("--max-memory", default="5GiB")

@@ -257,7 +257,7 @@ def report(found: Comparison, seconds: float | None) -> str:
     """Tables per set, the counts that matter, and what failed."""
     lines = ["# UCI regression: all methods", "", (__doc__ or "").split("\n\n")[1].replace("\n", " "), "",
              "`*` best; `°`: its mean difference from the best, split by split, is within one standard error. Command: "
-             "`python scripts/uci.py`.", "",
+             "`python scripts/uci.py`. Seconds are of a machine with other work.", "",
              *summary(found)]  # fmt: skip
     for data in found.datasets:
         part = Comparison([row for row in found.rows if row.data.split("/")[0] == data], "regression")

@@ -150,8 +150,8 @@ def _add_ct(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--at", choices=("theta_star", "theta_map"), default="theta_star", help="evidence at (%(default)s)"
     )
-    parser.add_argument("--norm", choices=("group", "none"), default="group", help="of the U-Net (%(default)s)")
-    parser.add_argument("--output", choices=("linear", "sigmoid"), default="linear", help="of it (%(default)s)")
+    parser.add_argument("--norm", choices=("group", "none"), default="none", help="of the U-Net (%(default)s)")
+    parser.add_argument("--output", choices=("linear", "sigmoid"), default="sigmoid", help="of it (%(default)s)")
     parser.add_argument("--iterations", type=int, default=20_000, help="of its fit at most (%(default)s)")
     parser.add_argument("--max-memory", default="4GiB", help="for matrices (%(default)s)")
     parser.add_argument("--seed", type=int, default=0, help="of all that is random (%(default)s)")

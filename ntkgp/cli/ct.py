@@ -50,8 +50,8 @@ class CTOptions:
     rotation_axis: float | None = None
     groups: str = "single"
     at: str = "theta_star"
-    norm: str = "group"
-    output: str = "linear"
+    norm: str = "none"
+    output: str = "sigmoid"
     iterations: int = 20_000
     max_memory: str = "4GiB"
     seed: int = 0
