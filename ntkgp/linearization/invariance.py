@@ -98,13 +98,18 @@ def euler_error(frozen: FrozenNetwork, groups: ParameterGroups, leaves: Sequence
     errors = []
     with network.scaled(normalized, _SCALE):
         pulled = network.gradients()
+        rounding = 100 * torch.finfo(torch.float64).eps / _STEP * float(network.output().detach().norm())
         for members in groups.members:
             square = sum(sum(float(tree[n].square().sum()) for n in members) for tree in pulled) / _PROBES
             size = sum(float(network.parameters[n].detach().square().sum()) for n in members)
             # At the common scale 2^10 the gradient of a normalised group is that much smaller: the product is not.
             bound = (square * size) ** 0.5
             change = float(network.euler(members).norm())
-            errors.append(change / bound if bound > 0 else (0.0 if change == 0 else float("inf")))
+            if max(bound, change) <= rounding:
+                # A group that does not move the output, such as what BatchNorm takes off a single feature.
+                errors.append(0.0)
+            else:
+                errors.append(change / bound if bound > 0 else float("inf"))
     return torch.tensor(errors, dtype=torch.float64)
 
 
