@@ -121,10 +121,6 @@ def bad_vectors(p: Problem) -> Iterator[Attempt]:
         yield f"weighted_gram variance {what}", ("variance",), lambda w=w: lin.weighted_gram(p.x, None, w)
     for memory in (1, 0, -5, "1 B", "lots", None):
         yield f"grams max_memory {memory!r}", ("max_memory",), lambda m=memory: lin.grams(p.x, max_memory=m)
-        yield (
-            f"diagonals max_memory {memory!r}", ("max_memory",),
-            lambda m=memory: lin.gram_diagonals(p.x, max_memory=m),
-        )  # fmt: skip
         yield f"factors max_memory {memory!r}", ("max_memory",), lambda m=memory: lin.factors(p.x, max_memory=m)
         yield (
             f"symmetric_grams max_memory {memory!r}", ("max_memory",),

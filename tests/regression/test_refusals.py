@@ -153,10 +153,6 @@ def complex_targets() -> None:
     ntkgp.from_network(network(), (inputs(4), inputs(4).to(torch.complex128)))
 
 
-def one_byte_of_diagonals() -> None:
-    ntkgp.LinearizedNetwork(network(), inputs(4)).gram_diagonals(inputs(4), max_memory=1)
-
-
 def an_output_that_is_none() -> None:
     ntkgp.LinearizedNetwork(network(), inputs(4)).factors(inputs(2), outputs=torch.tensor([0, 3]))
 
@@ -206,7 +202,6 @@ def without_a_second_derivative() -> None:
     ("call", "kind", "words"),
     [
         (complex_targets, TypeError, "train_data: expected targets that are real"),
-        (one_byte_of_diagonals, ValueError, "max_memory: 1 B cannot hold .* smallest possible is"),
         (an_output_that_is_none, ValueError, "outputs: expected indices from 0 to 2"),
         (complex_vector, TypeError, "v: expected real numbers"),
         (an_example_of_another_kind, ValueError, "example: the network does not run on it"),

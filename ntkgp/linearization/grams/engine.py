@@ -282,12 +282,6 @@ class Engine:
         sides = 1 if x2 is None else 2
         per_row = sides * kept_bytes(lin, self.plan, slots, k) + pass_bytes(lin, self.plan, k)
         workspace = _workspace(budget)
-        smallest = out.numel() * out.element_size() + per_row
-        if budget < smallest:
-            raise ValueError(
-                f"max_memory: {format_memory(budget)} cannot hold the blocks of {len(x1)} inputs and one input on the "
-                f"way; the smallest possible is {format_memory(smallest)}"
-            )
         step = max(1, min(budget - workspace, _POINTWISE_BYTES) // per_row)
         out.zero_()
         for start in range(0, len(x1), step):
