@@ -571,7 +571,7 @@ def test_validation_restores_the_best_state() -> None:
 def test_an_interrupt_keeps_a_consistent_model(monkeypatch: pytest.MonkeyPatch) -> None:
     case = Case(1)
     model = case.model(learn_inducing=True, objective=1.0).train(False)
-    from ntkgp.models.variational import fit as variational_fit
+    from ntkgp.models.variational import batch as variational_batch
 
     calls = iter(range(100))
 
@@ -580,7 +580,7 @@ def test_an_interrupt_keeps_a_consistent_model(monkeypatch: pytest.MonkeyPatch) 
             raise KeyboardInterrupt
         return batch_objective(*args)
 
-    monkeypatch.setattr(variational_fit, "batch_objective", interrupted)
+    monkeypatch.setattr(variational_batch, "batch_objective", interrupted)
     model.fit(case.data, epochs=5, batch_size=6, evidence=None, progress=False)
     assert model.history is not None
     assert model.history.interrupted
@@ -591,7 +591,7 @@ def test_an_interrupt_keeps_a_consistent_model(monkeypatch: pytest.MonkeyPatch) 
 def test_tensors_are_shuffled_also_when_they_come_as_batches(monkeypatch: pytest.MonkeyPatch) -> None:
     case, seen = Case(1), []
     monkeypatch.setattr(
-        "ntkgp.models.variational.fit.batch_objective", lambda *args: seen.append(args[1]) or batch_objective(*args)
+        "ntkgp.models.variational.batch.batch_objective", lambda *args: seen.append(args[1]) or batch_objective(*args)
     )
     model = case.model(objective=1.0)
     model.fit(Batches.of(case.data, case.lin, model.likelihood, 8), evidence=None, epochs=2, progress=False)
