@@ -163,3 +163,12 @@ def test_one_view_has_wide_error_bars(tmp_path: Path) -> None:
     found = run_ct(CTOptions(scan(tmp_path / "scan.npz"), tmp_path / "out", size=SIZE, views=1, iterations=20))
     assert bool(found.sd.isfinite().all())
     assert found.check is not None
+
+
+def test_the_hyper_prior_narrows_the_error_map(tmp_path: Path) -> None:
+    path = scan(tmp_path / "scan.npz")
+    options = {"size": SIZE, "iterations": 30, "views": 4}
+    free, bound = (run_ct(CTOptions(path, tmp_path / prior, prior=prior, **options)) for prior in ("none", "predcp"))
+    assert torch.equal(free.image, bound.image)
+    assert bound.model.kernel.precision.item() > free.model.kernel.precision.item()
+    assert "hyper-prior predcp" in (tmp_path / "predcp" / "report.txt").read_text(encoding="utf-8")

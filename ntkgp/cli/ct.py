@@ -50,6 +50,7 @@ class CTOptions:
     rotation_axis: float | None = None
     groups: str = "single"
     at: str = "theta_star"
+    prior: str = "none"
     norm: str = "none"
     output: str = "sigmoid"
     iterations: int = 20_000
@@ -259,7 +260,8 @@ def reconstruct(scan: Scan, options: CTOptions) -> Tomogram:
     if model.form == "matrix_free":
         report = _timed(seconds, "evidence", lambda: model.fit_sampled_evidence(progress=shown).report)
     else:
-        report = _timed(seconds, "evidence", lambda: fit_evidence(model, at=options.at, progress=shown))
+        prior = dip.predcp(lin) if options.prior == "predcp" else None
+        report = _timed(seconds, "evidence", lambda: fit_evidence(model, at=options.at, prior=prior, progress=shown))
     model.eval()
     sd, covariance, draws = _timed(seconds, "error map", lambda: _error_map(model, options.seed))
     image = model.reconstruction
@@ -269,6 +271,8 @@ def reconstruct(scan: Scan, options: CTOptions) -> Tomogram:
         scores = score_image(scan.truth, image, covariance, samples=draws, floors=floors)
     check = None if scan.others is None else str(predictive_check(model, draws, *scan.others))
     said = (*caught, *diagnose(model, sd))
+    if model.form == "matrix_free" and options.prior != "none":
+        said = (*said, f"the evidence of the matrix_free form has no hyper-prior: {options.prior} was left out")
     if report.at != options.at:
         said = (*said, f"the evidence of the {model.form} form is at {report.at}, not at {options.at} as asked for")
     if bool(A.unseen.any()):
@@ -340,8 +344,8 @@ def describe(scan: Scan, options: CTOptions, found: Tomogram) -> str:
         f"image        {options.size} × {options.size} pixels of {geometry.pixel_size:.4g} mm, values per mm",
         f"network      U-Net, norm {options.norm}, {options.output} output, {found.model.lin.num_parameters} weights; "
         f"stopped by {dip.stopped_by} at iteration {dip.best_iteration} of {dip.iteration}",
-        f"GP           groups {options.groups}, evidence at {found.report.at}, {found.model.form}; error map "
-        + ("exact" if found.draws is None else f"from {len(found.draws)} draws"),
+        f"GP           groups {options.groups}, hyper-prior {options.prior}, evidence at {found.report.at}, "
+        f"{found.model.form}; error map " + ("exact" if found.draws is None else f"from {len(found.draws)} draws"),
         f"noise        sd {dip._level:.4g} before the fit, {sigma:.4g} by the evidence",
         "",
         str(found.report),
