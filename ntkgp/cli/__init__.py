@@ -150,7 +150,7 @@ def _add_ct(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--at", choices=("theta_star", "theta_map"), default="theta_star", help="evidence at (%(default)s)"
     )
-    parser.add_argument("--prior", choices=("none", "predcp"), default="none", help="of the precisions (%(default)s)")
+    parser.add_argument("--prior", choices=("none", "predcp"), default="predcp", help="of the precisions (%(default)s)")
     parser.add_argument("--norm", choices=("group", "none"), default="none", help="of the U-Net (%(default)s)")
     parser.add_argument("--output", choices=("linear", "sigmoid"), default="sigmoid", help="of it (%(default)s)")
     parser.add_argument("--iterations", type=int, default=20_000, help="of its fit at most (%(default)s)")

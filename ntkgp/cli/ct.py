@@ -50,7 +50,7 @@ class CTOptions:
     rotation_axis: float | None = None
     groups: str = "single"
     at: str = "theta_star"
-    prior: str = "none"
+    prior: str = "predcp"
     norm: str = "none"
     output: str = "sigmoid"
     iterations: int = 20_000
