@@ -172,3 +172,11 @@ def test_the_hyper_prior_narrows_the_error_map(tmp_path: Path) -> None:
     assert torch.equal(free.image, bound.image)
     assert bound.model.kernel.precision.item() > free.model.kernel.precision.item()
     assert "hyper-prior predcp" in (tmp_path / "predcp" / "report.txt").read_text(encoding="utf-8")
+
+
+def test_a_sigmoid_refuses_an_image_that_it_cannot_be(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = scan(tmp_path / "scan.npz", sinogram=-data().numpy())
+    assert main(["ct", "--data", str(path), "--out", str(tmp_path / "out"), *TINY]) == 2
+    assert "--output: sigmoid is for images >= 0" in capsys.readouterr().err
+    found = run_ct(CTOptions(path, tmp_path / "out", size=SIZE, iterations=40, output="linear"))
+    assert float(found.image.mean()) < 0

@@ -242,6 +242,11 @@ def reconstruct(scan: Scan, options: CTOptions) -> Tomogram:
     A = RayTransform(scan.geometry)
     if not bool(scan.y.any()):
         raise CommandError("--data: all line integrals are zero")
+    if options.output == "sigmoid" and not float(scan.y.mean()) > 0:
+        raise CommandError(
+            f"--output: sigmoid is for images >= 0, and the line integrals have the mean {float(scan.y.mean()):.4g}; "
+            "use linear"
+        )
     level = _timed(seconds, "noise", lambda: estimate_noise(scan.y, A, weights=scan.sd, progress=shown).sd)
     noise: Any = level if scan.sd is None else level * scan.sd
     unet = {"norm": None if options.norm == "none" else options.norm, "output": options.output}
