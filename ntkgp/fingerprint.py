@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import sys
 import sysconfig
@@ -13,7 +14,7 @@ from typing import Any
 import numpy
 import torch
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader, Dataset, IterableDataset
 
 from ntkgp.linearization.packing import tree_flatten
 
@@ -227,3 +228,62 @@ def _is_own(value: Any) -> bool:
         return False
     file = getattr(sys.modules.get(name), "__file__", None)
     return file is None or not any(Path(file).resolve().is_relative_to(folder) for folder in _LIBRARIES)
+
+
+def digest(value: Any) -> str:
+    """SHA-256 of a value, in hexadecimal: two values with the same digest are taken for the same.
+
+    Tensors count by dtype, shape and bytes, wherever they are; mappings in any order of their keys; data classes by
+    their fields; modules by their structure and state; Datasets and DataLoaders by their rows, in the order of the
+    dataset; functions, classes and all other objects by what :func:`fingerprint` reads of them.
+
+    :param value: anything.
+
+    Cost: that of reading all tensors once, or all data.
+
+    >>> digest([1, 23]) == digest([12, 3]), digest({"a": 1, "b": 2}) == digest({"b": 2, "a": 1})
+    (False, True)
+    """
+    found = hashlib.sha256()
+    _feed(found, value)
+    return found.hexdigest()
+
+
+def _feed(found: Any, value: Any) -> None:
+    """Add a value to a hash; every part is closed by a mark, so that no two values run into each other."""
+    if isinstance(value, Tensor):
+        found.update(f"tensor {value.dtype} {tuple(value.shape)}:".encode())
+        found.update(tensor_bytes(value))
+    elif isinstance(value, Mapping):
+        found.update(f"map {len(value)}:".encode())
+        for key in sorted(value, key=repr):
+            _feed(found, key)
+            _feed(found, value[key])
+    elif isinstance(value, list | tuple):
+        found.update(f"sequence {len(value)}:".encode())
+        for part in value:
+            _feed(found, part)
+    elif isinstance(value, nn.Module):
+        _feed(found, [str(value), value.state_dict()])
+    elif isinstance(value, DataLoader | Dataset):
+        _feed_rows(found, value)
+    elif value is None or isinstance(value, str | int | float | bool | bytes | torch.dtype):
+        text = repr(value).encode()
+        found.update(f"plain {len(text)}:".encode() + text)
+    elif dataclasses.is_dataclass(value) and not isinstance(value, type):
+        fields = {field.name: getattr(value, field.name) for field in dataclasses.fields(value)}
+        _feed(found, [type(value).__qualname__, fields])
+    else:
+        _feed(found, fingerprint(value))
+
+
+def _feed_rows(found: Any, data: Any) -> None:
+    """Add the rows of a Dataset or a DataLoader, whatever order a loader would draw them in."""
+    # The rooms above this one must not be imported at the top.
+    from ntkgp.models.batches import collect_raw
+
+    if isinstance(data, DataLoader) and not isinstance(data.dataset, IterableDataset) and data.batch_size is not None:
+        _feed(found, [type(data.sampler).__name__, data.batch_size, data.drop_last])
+        data = DataLoader(data.dataset, batch_size=data.batch_size, collate_fn=data.collate_fn)
+    raw = collect_raw(data)
+    _feed(found, [torch.utils._pytree.tree_flatten(raw.x)[0], raw.y])

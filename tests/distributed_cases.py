@@ -17,10 +17,11 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
 import ntkgp
-from ntkgp.checkpoint import Checkpoint, digest
+from ntkgp.checkpoint import Checkpoint
 from ntkgp.cli import main
 from ntkgp.distributed import Shards, broadcast_object, gather_rows, ordered_sum, rank, symmetric_tiles, world_size
 from ntkgp.evidence import one_pass, sampled_evidence
+from ntkgp.fingerprint import digest
 from ntkgp.kernels import NeuralTangentKernel
 from ntkgp.means import NetworkMean
 from ntkgp.solvers import solve

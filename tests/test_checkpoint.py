@@ -19,13 +19,13 @@ from ntkgp.checkpoint import (
     Checkpoint,
     CheckpointMismatch,
     UnreadableFile,
-    digest,
     moved_to,
     plain,
     read_file,
     running,
     write_file,
 )
+from ntkgp.fingerprint import digest
 
 
 @dataclasses.dataclass

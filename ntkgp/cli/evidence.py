@@ -13,12 +13,13 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from ntkgp.checkpoint import digest, plain
+from ntkgp.checkpoint import plain
 from ntkgp.cli.fit import _likelihood
 from ntkgp.cli.inputs import CommandData, CommandError, load_data, load_network, load_weights, network_dtype
 from ntkgp.distributed import rank, world_size
 from ntkgp.evaluation.training import seeded
 from ntkgp.evidence import OnePassEvidence, fit_evidence, one_pass
+from ntkgp.fingerprint import digest
 from ntkgp.linearization import LinearizedNetwork
 
 

@@ -10,9 +10,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ntkgp.checkpoint import Run, digest
+from ntkgp.checkpoint import Run
 from ntkgp.evidence.hyperprior import PenalisedObjective
 from ntkgp.evidence.objective import Evaluation
+from ntkgp.fingerprint import digest
 
 logger = logging.getLogger("ntkgp")
 

@@ -166,7 +166,7 @@ class Batches:
         return self._batch_size if isinstance(self._source, tuple) else None
 
     def rows(self) -> Any:
-        """What stands for the data in a digest, see :func:`ntkgp.checkpoint.digest`."""
+        """What stands for the data in a digest, see :func:`ntkgp.fingerprint.digest`."""
         return self._source
 
     def random_state(self) -> dict[str, Tensor]:

@@ -12,11 +12,12 @@ from gpytorch.likelihoods import Likelihood
 from linear_operator.operators import DiagLinearOperator
 from torch import Tensor
 
-from ntkgp.checkpoint import digest, moved_to
+from ntkgp.checkpoint import moved_to
 from ntkgp.evidence.primal import DataSummary, PrimalGaussianEvidence, Unreached
 from ntkgp.evidence.primal_softmax import PrimalSoftmaxEvidence, find_mode
 from ntkgp.evidence.problem import NoiseModel
 from ntkgp.evidence.weight_space import CompressedRows, TangentLogits
+from ntkgp.fingerprint import digest
 from ntkgp.likelihoods import log_likelihood, whitened_targets
 from ntkgp.linearization import LinearizedNetwork
 from ntkgp.linearization.statistics import RowTriangle, jacobian_rows, rows_at_a_time

@@ -19,7 +19,8 @@ from gpytorch.likelihoods import (
 from gpytorch.utils.transforms import inv_sigmoid, inv_softplus
 from torch import Tensor, nn
 
-from ntkgp.checkpoint import digest, moved_to, plain, read_file, write_file
+from ntkgp.checkpoint import moved_to, plain, read_file, write_file
+from ntkgp.fingerprint import digest
 from ntkgp.likelihoods import BernoulliLikelihood, CategoricalLikelihood, MultioutputGaussianLikelihood
 from ntkgp.linearization import LinearizedNetwork, ParameterGroups
 from ntkgp.linearization.packing import InputPacking

@@ -116,7 +116,8 @@ def test_answers_of_another_search_are_dropped_with_a_line_in_the_log(tmp_path, 
     (file,) = Checkpoint(tmp_path).files()
     content = torch.load(file, weights_only=True)
     content["state"]["answers"][3]["at"][0] += 1e-3
-    from ntkgp.checkpoint import digest, write_file
+    from ntkgp.checkpoint import write_file
+    from ntkgp.fingerprint import digest
 
     write_file(file, {**content, "digest": digest(content["state"])})
     with caplog.at_level(logging.WARNING, "ntkgp"):
