@@ -92,7 +92,7 @@ def _compared(
     _show(axes[2], error, f"error, root mean square {float(error.square().mean().sqrt()):.3g}", "magma", (0, top), unit)
     _show(axes[3], sd, f"standard deviation, {float(sd.square().mean().sqrt()):.3g}", "magma", (0, top), unit)
     z = (truth - mean) / total.clamp_min(1e-300).sqrt()
-    label = f"z, root mean square {float(z.square().mean().sqrt()):.2f} at floor {floor:.2g}"
+    label = f"z, root mean square {float(z.square().mean().sqrt()):.3g} at floor {floor:.2g}"
     _show(axes[4], z, label, "RdBu_r", (-_Z_LIMIT, _Z_LIMIT), "")
     levels = torch.linspace(0, 1, 101, dtype=torch.float64)
     curve = metrics.coverage_curve(mean, total.clamp_min(1e-300), truth, levels)

@@ -17,6 +17,7 @@ from ntkgp.inverse.total_variation import spatial_dims
 SMOOTHNESS = (0.5, 1.5, 2.5)
 _LENGTH_SCALES = (1.0, 2.0, 5.0, 10.0)
 _CUT = 1e-12  # of the largest eigenvalue
+_LOWEST, _HIGHEST = -20.0, 12.0  # log of the noise variance over the mean variance of what the image explains
 
 
 class MaternField:
@@ -83,12 +84,14 @@ class NoiseEstimate(NamedTuple):
     :ivar image_sd: prior standard deviation of a pixel.
     :ivar length_scale: ℓ in pixels, the most likely of those tried.
     :ivar log_evidence: of the measurements that were used.
+    :ivar smoothness: ν, the most likely of those tried.
     """
 
     sd: float
     image_sd: float
     length_scale: float
     log_evidence: float
+    smoothness: float
 
 
 def estimate_noise(
@@ -97,7 +100,7 @@ def estimate_noise(
     *,
     weights: Tensor | None = None,
     length_scales: Sequence[float] = _LENGTH_SCALES,
-    smoothness: float = 1.5,
+    smoothness: float | Sequence[float] = SMOOTHNESS,
     max_measurements: int = 1000,
     progress: bool = False,
 ) -> NoiseEstimate:
@@ -105,24 +108,29 @@ def estimate_noise(
 
     Under a stationary Gaussian prior of the image the measurements are Gaussian,
 
-    .. math:: y \sim N(0,\; a\,A K_\ell A^\top + \sigma^2 D), \qquad D = \mathrm{diag}(d^2),
+    .. math:: y \sim N(0,\; a\,A K_{\ell\nu} A^\top + \sigma^2 D), \qquad D = \mathrm{diag}(d^2),
 
-    and :math:`(a, \sigma, \ell)` that make them most likely are found by one eigendecomposition for each length scale
-    and a search in one number. A smooth image cannot make what is rough in the data, so that is noise. On handwritten
-    glyphs of 28² pixels with 5 to 30 views it was within 10 % of the truth in the mean, where the median of second
-    differences along the detector was off by a factor of two.
+    and :math:`(a, \sigma, \ell, \nu)` that make them most likely are found by one eigendecomposition for each length
+    scale and smoothness, and a search in one number. A smooth image cannot make what is rough in the data, so that is
+    noise; how smooth is for the data to say: a prior smoother than the image takes its edges for noise. On handwritten
+    glyphs of 28² pixels with 10 and 20 views the level was 0.996 and 1.000 of the truth in the mean, with a spread of
+    5 %; of a disc with sharp holes ν = 1.5 alone finds 2.7 times what ν = 0.5 does, which is more likely by 105 nats
+    and is what the evidence of the network finds in the end. Priors under which there is no noise at all are believed
+    only where all of them say so.
 
     :param y: measurements, ``A.data_shape``.
     :param A: the forward operator.
     :param weights: known relative standard deviations d of the measurements, in y's shape.
     :param length_scales: ℓ that are tried, in pixels.
-    :param smoothness: ν of the Matérn covariance.
+    :param smoothness: ν of the Matérn covariances that are tried, of 0.5, 1.5 and 2.5; or one of them.
     :param max_measurements: n, of which there may be more: whole slices along the first dimension are then taken at
         equal distances.
     :return: :class:`NoiseEstimate`.
-    :raises ValueError: measurements that are all zero, or not of the operator's shape.
+    :raises ValueError: measurements that are all zero, or not of the operator's shape; an unknown smoothness; nothing
+        to try.
 
-    Cost: n applications of Aᵀ, and n products with K and O(n³ + n²·d) flops for each length scale; memory 2·n·d.
+    Cost: n applications of Aᵀ, and n products with K and O(n³ + n²·d) flops for each length scale and smoothness;
+    memory 2·n·d.
 
     >>> from ntkgp.inverse.geometry import ParallelBeam
     >>> from ntkgp.inverse.operators import RayTransform
@@ -138,16 +146,20 @@ def estimate_noise(
     target, scale = (y / d).flatten()[rows], d.flatten()[rows]
     if not bool(target.any()):
         raise ValueError("y: all measurements are zero; there is nothing to estimate a noise level from")
+    tried = [
+        MaternField(A.image_shape, length_scale, nu)
+        for nu in ((smoothness,) if isinstance(smoothness, (int, float)) else smoothness)
+        for length_scale in length_scales
+    ]
+    if not tried:
+        raise ValueError("length_scales, smoothness: expected at least one of each")
     images = adjoint_rows(A, rows, progress) / scale.reshape(-1, *[1] * len(A.image_shape))
-    best: NoiseEstimate | None = None
-    for length_scale in tqdm(length_scales, "noise", disable=not progress):
-        smooth = MaternField(A.image_shape, length_scale, smoothness)(images)
-        found = _profile(images.flatten(1) @ smooth.flatten(1).T, target, float(length_scale))
-        if best is None or found.log_evidence > best.log_evidence:
-            best = found
-    if best is None:
-        raise ValueError("length_scales: expected at least one")
-    return best
+    profiles = [
+        _profile(images.flatten(1) @ field(images).flatten(1).T, target, field)
+        for field in tqdm(tried, "noise", disable=not progress)
+    ]
+    # A prior as rough as noise may take all noise for image: such ones count where the others see none either.
+    return max(profiles, key=lambda profile: (not profile[1], profile[0].log_evidence))[0]
 
 
 def pinv_floor(matrix: Tensor, noise: float, *, num_singular: int | None = 100, cutoff: float | None = None) -> float:
@@ -170,8 +182,8 @@ def pinv_floor(matrix: Tensor, noise: float, *, num_singular: int | None = 100, 
     return noise**2 * float((1 / kept[kept > 0].square()).sum()) / matrix.shape[1]
 
 
-def _profile(gram: Tensor, target: Tensor, length_scale: float) -> NoiseEstimate:
-    """The most likely a and σ of targets with covariance a·gram + σ²."""
+def _profile(gram: Tensor, target: Tensor, field: MaternField) -> tuple[NoiseEstimate, bool]:
+    """The most likely a and σ of targets with covariance a·gram + σ² of a field, and whether σ is as good as zero."""
     values, vectors = torch.linalg.eigh(0.5 * (gram + gram.T))
     values = torch.where(values > _CUT * values[-1], values, 0.0)
     squares, level, n = (vectors.T @ target).square(), float(values.mean()), len(target)
@@ -182,10 +194,12 @@ def _profile(gram: Tensor, target: Tensor, length_scale: float) -> NoiseEstimate
         total = values + level * math.exp(log_ratio)
         return float(0.5 * (n * (squares / total).mean().log() + total.log().sum()))
 
-    ratio = level * math.exp(minimum(loss, -20.0, 12.0))
+    best = minimum(loss, _LOWEST, _HIGHEST)
+    ratio = level * math.exp(best)
     amplitude = float((squares / (values + ratio)).mean())
     evidence = -loss(math.log(ratio / level)) - 0.5 * n * (1 + math.log(2 * math.pi))
-    return NoiseEstimate(math.sqrt(amplitude * ratio), math.sqrt(amplitude), length_scale, evidence)
+    sd, image_sd = math.sqrt(amplitude * ratio), math.sqrt(amplitude)
+    return NoiseEstimate(sd, image_sd, field.length_scale, evidence, field.smoothness), best < _LOWEST + 1.0
 
 
 def _rows(shape: tuple[int, ...], most: int) -> Tensor:

@@ -347,11 +347,46 @@ def test_noise_is_estimated_from_the_measurements_alone():
         estimate_noise(0 * y, A)
 
 
+def _holes(size):
+    x = torch.linspace(-1, 1, size, dtype=torch.float64)
+    rows, columns = torch.meshgrid(x, x, indexing="ij")
+    disc = (torch.hypot(rows, columns) < 0.8).double()
+    for row, column in ((0.3, 0.2), (-0.3, 0.3), (0.0, -0.4)):
+        disc[torch.hypot(rows - row, columns - column) < 0.18] = 0
+    return disc
+
+
+def test_the_smoothness_of_the_image_is_found_with_the_noise():
+    A = RayTransform(ParallelBeam((32, 32), torch.arange(16) * math.pi / 16))
+    clean = A(_holes(32))
+    sd = 0.01 * float(clean.mean())
+    y = clean + sd * torch.randn(clean.shape, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    found = estimate_noise(y, A)
+    alone = {smoothness: estimate_noise(y, A, smoothness=smoothness) for smoothness in (0.5, 1.5, 2.5)}
+    assert found == max(alone.values(), key=lambda estimate: estimate.log_evidence) == alone[0.5]
+    assert abs(found.sd / sd - 1) < 0.1
+    with pytest.raises(ValueError, match="at least one of each"):
+        estimate_noise(y, A, smoothness=())
+    with pytest.raises(ValueError, match=r"smoothness: expected one of \(0.5, 1.5, 2.5\), got 1.0"):
+        estimate_noise(y, A, smoothness=(0.5, 1.0))
+
+
+def test_a_rough_prior_does_not_take_all_noise_for_image():
+    A = DenseOperator(torch.eye(32 * 32, dtype=torch.float64), (32, 32))
+    y = _holes(32).reshape(A.data_shape)
+    y = y + 0.02 * torch.randn(y.shape, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    rough, found = (estimate_noise(y, A, smoothness=nu, max_measurements=1024) for nu in (0.5, (0.5, 1.5)))
+    assert rough.sd < 1e-3  # of the edges alone, nothing is left for the noise
+    assert found.smoothness == 1.5
+    assert found.sd > 0.02
+    assert rough.log_evidence > found.log_evidence
+
+
 def test_the_evidence_of_the_noise_is_that_of_scipy(tomography):
     from scipy.stats import multivariate_normal
 
     _, A, y = tomography
-    found = estimate_noise(y, A, length_scales=(3.0,))
+    found = estimate_noise(y, A, length_scales=(3.0,), smoothness=1.5)
     a = A.matrix()
     cov = found.image_sd**2 * a @ MaternField((16, 16), 3.0).matrix() @ a.T
     cov = cov + found.sd**2 * torch.eye(len(a), dtype=torch.float64)
