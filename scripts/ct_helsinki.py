@@ -20,15 +20,18 @@ import argparse
 import csv
 import math
 import time
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from ntkgp.cli.ct import CTOptions, Scan, predictive_check, reconstruct
+from ntkgp.cli.ct import CTOptions, PredictiveCheck, Scan, Tomogram, predictive_check, reconstruct
 from ntkgp.evaluation.plots import new_figure
 from ntkgp.inverse import FanBeam, RayTransform, load_sinogram
+from ntkgp.inverse.measured import Sinogram
 from ntkgp.inverse.references import tv_reference
+from ntkgp.models import InverseNTKGP
 
 BINNING, USED, DRAWS = 5, 50, 64
 LOW, HIGH = 0.05, 0.45  # of the sampling rate: below all directions are alike, above nothing is
@@ -58,6 +61,111 @@ def power(images: Tensor) -> Tensor:
 def inside(direction: Tensor, first: float, last: float) -> Tensor:
     """Whether directions are between two, modulo half a turn."""
     return (direction - first) % 180 <= last - first
+
+
+@dataclass(frozen=True)
+class Spectrum:
+    """The posterior's power by frequency beside the prior's.
+
+    :param first: and ``last``, the directions in degrees between which frequencies were measured.
+    :param ratio: posterior over prior standard deviation at every frequency.
+    :param measured: and ``missing``, the same of all frequencies of the band in and out of these directions.
+    :param share: of the posterior variance in the missing wedge.
+    :param unseen: standard deviation of the pixels by the missing wedge alone.
+    """
+
+    first: float
+    last: float
+    ratio: Tensor
+    measured: float
+    missing: float
+    share: float
+    unseen: Tensor
+
+
+def spectrum(geometry: FanBeam, deviations: Tensor, prior: Tensor) -> Spectrum:
+    """Of draws around the reconstruction, and of draws of the prior."""
+    direction, length = directions(deviations.shape[-1])
+    first, last = covered(geometry)
+    band = (length > LOW) & (length < HIGH)
+    seen = inside(direction, first, last)
+    left = power(deviations), power(prior)
+    measured, missing = (
+        math.sqrt(float(left[0][band & part].sum() / left[1][band & part].sum())) for part in (seen, ~seen)
+    )
+    share = float(left[0][band & ~seen].sum() / left[0][band].sum())
+    wedge = torch.where(band & ~seen, 1.0, 0.0)
+    unseen = torch.fft.ifft2(torch.fft.fft2(deviations) * wedge).real.square().mean(0).sqrt()
+    return Spectrum(first, last, (left[0] / left[1]).sqrt(), measured, missing, share, unseen)
+
+
+def prior_draws(model: InverseNTKGP, size: int) -> Tensor:
+    """Images drawn from the fitted prior, around zero."""
+    weights = torch.randn(DRAWS, model.lin.num_parameters, generator=torch.Generator().manual_seed(1))
+    scale = model.lin.groups.expand(model.kernel.precision.detach()).rsqrt()
+    with torch.no_grad():
+        return model.lin.jvp(model.lin.rows_of(1), weights.to(scale) * scale)[..., 0].reshape(DRAWS, size, size)
+
+
+def page(
+    phantom: str, used: Sinogram, found: Tomogram, checks: dict[str, PredictiveCheck], wedge: Spectrum,
+    seconds: float,
+) -> str:  # fmt: skip
+    """Tables, and what they say of the missing wedge."""
+    size = used.geometry.image_shape[0]
+    lines = [
+        f"# Helsinki challenge, phantom {phantom}: 25° of a turn", "",
+        f"Made by `python scripts/ct_helsinki.py --phantom {phantom} --size {size}`; what it does: its "
+        "docstring.", "",
+        f"{used.geometry}; {found.model.form} form. "
+        + ", ".join(f"{name} {value:.0f} s" for name, value in found.seconds.items())
+        + f"; {seconds:.0f} s in all on one thread beside other work. The fit was stopped by "
+        f"{found.dip.stopped_by} after {found.dip.iteration} iterations.", "",
+        "| views left out | number | RMS error | z RMS | in the 95 % intervals |", "|---|---|---|---|---|",
+        *(f"| {n} | {c.views} | {c.rmse:.4g} | {c.z_sd:.2f} | {100 * c.covered:.1f} % |" for n, c in checks.items()),
+        "",
+        f"Frequencies along {wedge.first:.0f}° to {wedge.last:.0f}° were measured, "
+        f"{100 * (wedge.last - wedge.first) / 180:.0f} % of all directions. Posterior over prior standard deviation: "
+        f"{wedge.measured:.3f} there, {wedge.missing:.3f} in the missing wedge, which holds {100 * wedge.share:.0f} % "
+        "of the posterior variance. The error map "
+        + ("marks the missing wedge." if wedge.missing > 2 * wedge.measured else "does not mark it."), "",
+        *(f"Warning: {text}." for text in found.warnings), "", "```", str(found.report), "```", "",
+    ]  # fmt: skip
+    return "\n".join(lines)
+
+
+def write_csv(path: Path, checks: dict[str, PredictiveCheck], wedge: Spectrum) -> None:
+    with path.open("w", encoding="utf-8", newline="") as file:
+        writer = csv.writer(file)
+        writer.writerow(["views", "number", "rmse", "z_sd", "covered"])
+        writer.writerows([name, *check] for name, check in checks.items())
+        writer.writerow(["posterior over prior sd, measured", "", wedge.measured, "", ""])
+        writer.writerow(["posterior over prior sd, missing", "", wedge.missing, "", ""])
+
+
+def draw(path: Path, used: Sinogram, found: Tomogram, wedge: Spectrum, tv: Tensor) -> None:
+    """Tomograms, the error map and its part in the missing wedge, and the spectrum."""
+    figure, axes = new_figure(2, 3, (11.0, 7.0))
+    top = float(found.image.max())
+    panels = (
+        ("FBP", RayTransform(used.geometry).fbp(used.data), "gray", (0.0, top)),
+        ("total variation", tv, "gray", (0.0, top)),
+        ("deep image prior", found.image, "gray", (0.0, top)),
+        ("standard deviation", found.sd, "magma", (0.0, float(found.sd.max()))),
+        ("its part in the missing wedge", wedge.unseen, "magma", (0.0, float(found.sd.max()))),
+    )
+    for ax, (title, image, cmap, (low, high)) in zip(axes, panels, strict=False):
+        shown = ax.imshow(image.numpy(), cmap=cmap, vmin=low, vmax=high)
+        ax.set(title=title, xticks=[], yticks=[])
+        figure.colorbar(shown, ax=ax, fraction=0.046, pad=0.02)
+    ratio = torch.fft.fftshift(wedge.ratio).clamp(0, 1)
+    axes[5].imshow(ratio.numpy(), cmap="viridis", vmin=0, vmax=1, extent=(-0.5, 0.5, -0.5, 0.5))
+    for angle in (wedge.first, wedge.last):
+        x, y = 0.5 * math.cos(math.radians(angle)), 0.5 * math.sin(math.radians(angle))
+        axes[5].plot([-x, x], [-y, y], color="w", lw=0.8)
+    axes[5].set(title="posterior / prior sd by frequency", xlabel="measured between the lines", xlim=(-0.5, 0.5))
+    axes[5].grid(visible=False)
+    figure.savefig(path, dpi=120)
 
 
 def main() -> None:
@@ -93,71 +201,14 @@ def main() -> None:
         "between the views used": predictive_check(model, draws, between.data, between.geometry),
         "beyond the last of them": predictive_check(model, draws, beyond.data, beyond.geometry),
     }
-    weights = torch.randn(DRAWS, model.lin.num_parameters, generator=torch.Generator().manual_seed(1))
-    scale = model.lin.groups.expand(model.kernel.precision.detach()).rsqrt()
-    with torch.no_grad():
-        prior = model.lin.jvp(model.lin.rows_of(1), weights.to(scale) * scale)[..., 0].reshape(DRAWS, size, size)
-    direction, length = directions(size)
-    first, last = covered(used.geometry)
-    band = (length > LOW) & (length < HIGH)
-    seen = inside(direction, first, last)
-    left = power(draws - found.image), power(prior)
-    ratios = {
-        name: math.sqrt(float(left[0][band & part].sum() / left[1][band & part].sum()))
-        for name, part in (("measured", seen), ("missing", ~seen))
-    }
-    share = float(left[0][band & ~seen].sum() / left[0][band].sum())
-    wedge = torch.where(band & ~seen, 1.0, 0.0)
-    unseen = torch.fft.ifft2(torch.fft.fft2(draws - found.image) * wedge).real.square().mean(0).sqrt()
+    wedge = spectrum(used.geometry, draws - found.image, prior_draws(model, size))
     tv = tv_reference(used.data, RayTransform(used.geometry), float(model.noise_variance.mean().sqrt()))
-    seconds = time.perf_counter() - start
-    lines = [
-        f"# Helsinki challenge, phantom {arguments.phantom}: 25° of a turn", "",
-        f"Made by `python scripts/ct_helsinki.py --phantom {arguments.phantom} --size {size}`; what it does: its "
-        "docstring.", "",
-        f"{used.geometry}; {model.form} form. "
-        + ", ".join(f"{name} {value:.0f} s" for name, value in found.seconds.items())
-        + f"; {seconds:.0f} s in all.", "",
-        "| views left out | number | RMS error | z RMS | in the 95 % intervals |", "|---|---|---|---|---|",
-        *(f"| {n} | {c.views} | {c.rmse:.4g} | {c.z_sd:.2f} | {100 * c.covered:.1f} % |" for n, c in checks.items()),
-        "",
-        f"Frequencies along {first:.0f}° to {last:.0f}° were measured, {100 * (last - first) / 180:.0f} % of all "
-        f"directions. Posterior over prior standard deviation: {ratios['measured']:.3f} there, {ratios['missing']:.3f} "
-        f"in the missing wedge, which holds {100 * share:.0f} % of the posterior variance. The error map "
-        + ("marks the missing wedge." if ratios["missing"] > 2 * ratios["measured"] else "does not mark it."), "",
-        *(f"Warning: {text}." for text in found.warnings), "", "```", str(found.report), "```", "",
-    ]  # fmt: skip
-    text = "\n".join(lines)
+    text = page(arguments.phantom, used, found, checks, wedge, time.perf_counter() - start)
     print(text)
     arguments.out.mkdir(parents=True, exist_ok=True)
     (arguments.out / "ct_helsinki.md").write_text(text, encoding="utf-8")
-    with (arguments.out / "ct_helsinki.csv").open("w", encoding="utf-8", newline="") as file:
-        writer = csv.writer(file)
-        writer.writerow(["views", "number", "rmse", "z_sd", "covered"])
-        writer.writerows([name, *check] for name, check in checks.items())
-        writer.writerow(["posterior over prior sd, measured", "", ratios["measured"], "", ""])
-        writer.writerow(["posterior over prior sd, missing", "", ratios["missing"], "", ""])
-    figure, axes = new_figure(2, 3, (11.0, 7.0))
-    top = float(found.image.max())
-    panels = (
-        ("FBP", RayTransform(used.geometry).fbp(used.data), "gray", (0.0, top)),
-        ("total variation", tv.mean, "gray", (0.0, top)),
-        ("deep image prior", found.image, "gray", (0.0, top)),
-        ("standard deviation", found.sd, "magma", (0.0, float(found.sd.max()))),
-        ("its part in the missing wedge", unseen, "magma", (0.0, float(found.sd.max()))),
-    )
-    for ax, (title, image, cmap, (low, high)) in zip(axes, panels, strict=False):
-        shown = ax.imshow(image.numpy(), cmap=cmap, vmin=low, vmax=high)
-        ax.set(title=title, xticks=[], yticks=[])
-        figure.colorbar(shown, ax=ax, fraction=0.046, pad=0.02)
-    ratio = torch.fft.fftshift((left[0] / left[1]).sqrt()).clamp(0, 1)
-    axes[5].imshow(ratio.numpy(), cmap="viridis", vmin=0, vmax=1, extent=(-0.5, 0.5, -0.5, 0.5))
-    for angle in (first, last):
-        x, y = 0.5 * math.cos(math.radians(angle)), 0.5 * math.sin(math.radians(angle))
-        axes[5].plot([-x, x], [-y, y], color="w", lw=0.8)
-    axes[5].set(title="posterior / prior sd by frequency", xlabel="measured between the lines", xlim=(-0.5, 0.5))
-    axes[5].grid(visible=False)
-    figure.savefig(arguments.out / "ct_helsinki.png", dpi=120)
+    write_csv(arguments.out / "ct_helsinki.csv", checks, wedge)
+    draw(arguments.out / "ct_helsinki.png", used, found, wedge, tv.mean)
 
 
 if __name__ == "__main__":
