@@ -4,7 +4,9 @@
 were made (glyphs 5 and 97 were: `--glyphs 5 97` runs them, into a file of their own). Parallel beam, 10 and 20 angles,
 41 detectors, white noise with a standard deviation of 5 % of the mean line integral. Scan and reconstruction share one
 pixel grid, as in the literature on these images (an inverse crime, the same for all methods). Every method sees the
-same sinogram; noise levels are estimated, and no truth is looked at before the scores.
+same sinogram; noise levels are estimated (under the Matérn prior with ν = 1.5, which was the library's default when the
+rule below was fixed; it chooses ν by the evidence since, and came to 1.5 on 40 of 60 other sinograms of these glyphs,
+and to levels 1 % higher in the mean), and no truth is looked at before the scores.
 
 Rows: the tangent model of a deep image prior (U-Net without normalisation or with GroupNorm, with a sigmoid or the
 library's linear output), one precision (single), one per block of the U-Net, one per normalised group, the g-prior,
@@ -56,12 +58,13 @@ from ntkgp.evaluation.metrics.images import FLOORS, oracle_log_likelihood, psnr,
 from ntkgp.evaluation.plots import COLORS, new_figure
 from ntkgp.evaluation.plots_images import image_report
 from ntkgp.inverse import DeepImagePrior, ParallelBeam, RayTransform, ScalePrior, g_prior, references
-from ntkgp.inverse.noise import pinv_floor
+from ntkgp.inverse.noise import estimate_noise, pinv_floor
 
 TILES = (1, 6, 9, 14, 22, 27)
 GLYPHS = tuple(sorted(30 * label + tile for label in range(5) for tile in TILES))
 ANGLES = (10, 20)
 DETECTORS, NOISE = 41, 0.05
+SMOOTHNESS = 1.5  # of the images, for their noise levels
 NETS: dict[str, dict[str, Any]] = {
     "no norm, sigmoid": {"norm": None, "output": "sigmoid"},
     "GroupNorm, sigmoid": {"norm": "group", "output": "sigmoid"},
@@ -116,9 +119,9 @@ def scored(method: str, truth: Tensor, mean: Tensor, spread: dict[str, Tensor], 
 def tangent_models(truth: Tensor, A: RayTransform, y: Tensor, sd: float, net: str, example: Path | None) -> list[Row]:
     """All priors and both evidences on one fit."""
     start = time.perf_counter()
-    dip = DeepImagePrior(A, unet=NETS[net]).fit(y)
+    level = estimate_noise(y, A, smoothness=SMOOTHNESS).sd
+    dip = DeepImagePrior(A, unet=NETS[net], noise=level).fit(y)
     fitted = time.perf_counter() - start
-    level = float(dip.noise)
     floor = pinv_floor(A.matrix(), level)
     rows = []
     common = {"noise_ratio": level / sd, "iterations": dip.iteration, "stopped_by": dip.stopped_by, "dip_s": fitted}
@@ -167,7 +170,7 @@ def tangent_models(truth: Tensor, A: RayTransform, y: Tensor, sd: float, net: st
 
 def reference_methods(truth: Tensor, A: RayTransform, y: Tensor, sd: float, part: str) -> list[Row]:
     """What needs no tangent model; at the same estimate of the noise level."""
-    level = ntkgp.inverse.estimate_noise(y, A).sd
+    level = estimate_noise(y, A, smoothness=SMOOTHNESS).sd
     floor = pinv_floor(A.matrix(), level)
     methods: dict[str, Callable[[], references.ImagePosterior]] = {
         "FBP": lambda: references.fbp_reference(y, A, level),
@@ -355,7 +358,8 @@ def report(found: Results) -> str:
     """Tables and the verdict."""
     count = len({row["glyph"] for row in found.rows})
     lines = ["# Tomography of glyphs: which error maps can be trusted", "",
-             "Made by `python scripts/ct_kmnist.py`; how, and the rule of the verdict: its docstring. "
+             "Made by `python scripts/ct_kmnist.py`; how, and the rule of the verdict: its docstring. Noise levels "
+             f"are\nestimated with ν = {SMOOTHNESS:g}; the library's default has chosen ν by the evidence since. "
              f"{count} glyphs; mean ± standard error.", "", "## Verdict", "",
              *(f"- {line}" for line in verdict(found)), ""]  # fmt: skip
     for angles in found.angles:
