@@ -430,8 +430,9 @@ class DeepImagePrior:
         if self.stopped_by in ("max_iterations", "plateau"):
             warnings.warn(
                 f"DeepImagePrior: the rule {self.stop!r} was not met after {self.iteration} iterations "
-                f"({self.stopped_by}; residual {self.residual:.3g} σ); iterate {self.best_iteration} is kept. "
-                "A smaller tv_weight or learning_rate, more iterations or another noise level may be needed",
+                f"({self.stopped_by}); iterate {self.best_iteration}, of residual "
+                f"{self.history[self.best_iteration]:.3g} σ, is kept. A smaller tv_weight or "
+                "learning_rate, more iterations or another noise level may be needed",
                 UserWarning,
                 stacklevel=3,
             )

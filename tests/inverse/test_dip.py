@@ -325,7 +325,7 @@ def test_float64_and_other_units(tomography):
 
 def test_a_plateau_ends_a_fit(tomography):
     _, A, y = tomography
-    with pytest.warns(UserWarning, match=r"\(plateau; residual"):
+    with pytest.warns(UserWarning, match=r"\(plateau\); iterate \d+, of residual"):
         dip = DeepImagePrior(A, nn.Conv2d(1, 1, 1), noise=1e-3, learning_rate=0.05).fit(y)
     assert dip.stopped_by == "plateau"
     assert dip.iteration < 5000
