@@ -43,10 +43,10 @@ READING = """
 
 The check that has a truth, rays that were not seen, holds: their errors are what the model expects (z near one). The
 error of the tooth's pixels is another matter: its map is far too sure of itself beside the reference, whose grain and
-fine cracks a reconstruction from a sixth of the views does not have. A part of that may be the reference's: both halves of
-it share pixels, rings and axis, so that its own error is larger than what the halves differ by. A part is the map's:
-edges that the network draws too smooth are a bias, of which a posterior around its weights knows nothing. In the air
-the sigmoid output is zero and certain. TV is as near to the reference as the network, or nearer.
+fine cracks a reconstruction from a sixth of the views does not have. A part of that may be the reference's: both halves
+of it share pixels, rings and axis, so that its own error is larger than what they differ by. A part is the map's: edges
+that the network draws too smooth are a bias, of which a posterior around its weights knows nothing. In the air the
+sigmoid output is zero and certain. TV is as near to the reference as the network, or nearer.
 """
 
 
