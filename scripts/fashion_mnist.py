@@ -147,6 +147,72 @@ def table(rows: list[Row]) -> list[str]:
     return lines
 
 
+def variational(bench: Bench, lin: ntkgp.LinearizedNetwork, inducing: int, evidence: str) -> VariationalNTKGP:
+    """VaLLA on all training images, precisions by validation or by the bound."""
+    data = bench.data
+    rows = torch.randperm(len(data.x), generator=torch.Generator().manual_seed(0))[:10_000]
+    points, _ = kmeans_inducing_points(data.x[rows], inducing, data.y[rows])
+    model = VariationalNTKGP(points, ntkgp.CategoricalLikelihood(10), lin, len(data.x), learn_inducing=False)
+    valid = (data.x_valid, data.y_valid)
+    return model.fit((data.x, data.y), batch_size=BATCH, evidence=evidence, validation=valid)
+
+
+def add_peers(bench: Bench, lin: ntkgp.LinearizedNetwork, precision: Tensor) -> None:
+    """ELLA with VaLLA's precisions, and the exact model of a part of the data."""
+    data = bench.data
+
+    def ella() -> NystromNTKGP:
+        train = (data.x, data.y)
+        found = NystromNTKGP(train, ntkgp.CategoricalLikelihood(10), lin, num_landmarks=200, num_features=20)
+        found.set_hyperparameters(precision)
+        return found.fit(validation=(data.x_valid, data.y_valid))
+
+    def exact() -> ntkgp.ExactNTKGP:
+        rows = torch.randperm(len(data.x), generator=torch.Generator().manual_seed(1))[:200]
+        found = ntkgp.ExactNTKGP(data.x[rows], data.y[rows], ntkgp.CategoricalLikelihood(10), lin)
+        ntkgp.fit_evidence(found)
+        return found.eval()
+
+    bench.add_model("ELLA, 200 landmarks, 20 features, stopped early", ella)
+    bench.add_model("exact on 200 images", exact)
+
+
+def page(bench: Bench, epochs: int, precision: Tensor, first: Tensor, asked: float) -> str:
+    """What was done and what came of it.
+
+    :param precision: VaLLA's, by validation and by the bound.
+    :param first: those of the exact evidence on a part of the data.
+    :param asked: seconds of training, and of fit and prediction of the first VaLLA.
+    """
+    base, valla = bench.rows[:2]
+    lines = [
+        f"MLP 784-200-200-10 tanh, dropout 0.1, {epochs} epochs of Adam (1e-3, batch 100) on "
+        f"{len(bench.data.x)} images, {VALIDATION} for validation; probit link; {torch.get_num_threads()} threads; "
+        f"VaLLA's precisions (validation, bound) {', '.join(f'{v:.3g}' for v in precision.tolist())}, of the exact "
+        f"evidence on a part {', '.join(f'{v:.3g}' for v in first.tolist())}.",
+        "",
+        *table(bench.rows),
+        "",
+        f"VaLLA over the network alone: NLL {valla.nll - base.nll:+.4f} (asked: <= {PUBLISHED[0]}), OOD-AUC "
+        f"{valla.auc - base.auc:+.4f} (asked: >= +{PUBLISHED[1]}); training, fit and prediction {asked:.0f} s "
+        "(asked: <= 600).",
+        "The network is over-confident after so many epochs; one that is stopped earlier gains less.",
+    ]
+    return "\n".join(lines)
+
+
+def write(bench: Bench, text: str, out: Path) -> None:
+    """The page, and a reliability diagram of each method."""
+    out.mkdir(parents=True, exist_ok=True)
+    (out / "fashion_mnist.md").write_text("# Fashion-MNIST\n\n" + text + "\n")
+    figure, axes = new_figure(2, 3, (12.0, 7.5))
+    for ax, (name, probabilities) in zip(axes, bench.probabilities.items(), strict=False):
+        reliability_diagram({name: probabilities}, bench.data.y_test, ax=ax)
+    for ax in axes[len(bench.probabilities) :]:
+        ax.set_axis_off()
+    figure.savefig(out / "fashion_mnist.png", dpi=110)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", type=Path, default=Path(__file__).resolve().parents[1] / ".." / "shared" / "data")
@@ -163,60 +229,18 @@ def main() -> None:
     training = time.perf_counter() - begun
     bench = Bench(data)
     bench.add("network alone", lambda x: net(x).softmax(-1), training)
-    lin, likelihood = ntkgp.LinearizedNetwork(net, data.x[:8]), ntkgp.CategoricalLikelihood(10)
-    train, valid = (data.x, data.y), (data.x_valid, data.y_valid)
-
-    def valla(evidence: str) -> VariationalNTKGP:
-        rows = torch.randperm(len(data.x), generator=torch.Generator().manual_seed(0))[:10_000]
-        points, _ = kmeans_inducing_points(data.x[rows], arguments.inducing, data.y[rows])
-        model = VariationalNTKGP(points, likelihood, lin, len(data.x), learn_inducing=False)
-        return model.fit(train, batch_size=BATCH, evidence=evidence, validation=valid)
-
+    lin = ntkgp.LinearizedNetwork(net, data.x[:8])
     start = time.perf_counter()
     name = f"VaLLA, M = {arguments.inducing}, λ by "
-    model = bench.add_model(name + "validation", lambda: valla("validation"))
+    model = bench.add_model(name + "validation", lambda: variational(bench, lin, arguments.inducing, "validation"))
     asked = time.perf_counter() - start + training
-    by_bound = bench.add_model(name + "the bound", lambda: valla("bound"))
+    by_bound = bench.add_model(name + "the bound", lambda: variational(bench, lin, arguments.inducing, "bound"))
+    first = model.history.evidence.precision
+    add_peers(bench, lin, first)
     precision = torch.cat([model.kernel.precision.detach(), by_bound.kernel.precision.detach()])
-
-    def ella() -> NystromNTKGP:
-        found = NystromNTKGP(train, ntkgp.CategoricalLikelihood(10), lin, num_landmarks=200, num_features=20)
-        found.set_hyperparameters(model.history.evidence.precision)
-        return found.fit(validation=valid)
-
-    def exact() -> ntkgp.ExactNTKGP:
-        rows = torch.randperm(len(data.x), generator=torch.Generator().manual_seed(1))[:200]
-        found = ntkgp.ExactNTKGP(data.x[rows], data.y[rows], ntkgp.CategoricalLikelihood(10), lin)
-        ntkgp.fit_evidence(found)
-        return found.eval()
-
-    bench.add_model("ELLA, 200 landmarks, 20 features, stopped early", ella)
-    bench.add_model("exact on 200 images", exact)
-    valla_row, base = bench.rows[1], bench.rows[0]
-    lines = [
-        f"MLP 784-200-200-10 tanh, dropout 0.1, {arguments.epochs} epochs of Adam (1e-3, batch 100) on "
-        f"{len(data.x)} images, {VALIDATION} for validation; probit link; {torch.get_num_threads()} threads; VaLLA's "
-        f"precisions (validation, bound) "
-        f"{', '.join(f'{v:.3g}' for v in precision.tolist())}, of the exact evidence on a part "
-        f"{', '.join(f'{v:.3g}' for v in model.history.evidence.precision.tolist())}.",
-        "",
-        *table(bench.rows),
-        "",
-        f"VaLLA over the network alone: NLL {valla_row.nll - base.nll:+.4f} (asked: <= {PUBLISHED[0]}), OOD-AUC "
-        f"{valla_row.auc - base.auc:+.4f} (asked: >= +{PUBLISHED[1]}); training, fit and prediction {asked:.0f} s "
-        "(asked: <= 600).",
-        "The network is over-confident after so many epochs; one that is stopped earlier gains less.",
-    ]
-    text = "\n".join(lines)
+    text = page(bench, arguments.epochs, precision, first, asked)
     print("\n" + text)
-    arguments.out.mkdir(parents=True, exist_ok=True)
-    (arguments.out / "fashion_mnist.md").write_text("# Fashion-MNIST\n\n" + text + "\n")
-    figure, axes = new_figure(2, 3, (12.0, 7.5))
-    for ax, (name, probabilities) in zip(axes, bench.probabilities.items(), strict=False):
-        reliability_diagram({name: probabilities}, data.y_test, ax=ax)
-    for ax in axes[len(bench.probabilities) :]:
-        ax.set_axis_off()
-    figure.savefig(arguments.out / "fashion_mnist.png", dpi=110)
+    write(bench, text, arguments.out)
 
 
 if __name__ == "__main__":

@@ -228,41 +228,35 @@ def table(header: list[str], rows: list[list[str]]) -> list[str]:
     return ["| " + " | ".join(row) + " |" for row in (header, ["---"] * len(header), *rows)]
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, default=Path("docs/results"))
-    arguments = parser.parse_args()
-    try:
-        release = version("laplace-torch")
-    except PackageNotFoundError:
-        print("skipped: this script needs laplace-torch, which is not installed (see tests/test_laplace_torch.py)")
-        return
-    warnings.simplefilter("ignore")
-    logging.disable(logging.WARNING)
-    import laplace
-    import laplace.curvature
-
-    torch.set_num_threads(1)
-    torch.manual_seed(0)
-    start = time.perf_counter()
+def results(laplace: Any) -> dict[str, list[list[Any]]]:
+    """The rows of each table."""
     rows = [[task, name, *compare(laplace, problem_of(task, name), name)] for task in TASKS for name in STRUCTURES]
     p = Problem(TASKS[1], norm=True)
     rows += [["regression, C = 3, BatchNorm", name, *compare(laplace, p, name)] for name in ("full", "diag")]
     softmax = {name: problem_of(TASKS[2], name) for name in ("full", "kron", "diag", "last layer, full")}
-    sampled = [[name, weights_prediction(laplace, softmax[name], name)] for name in ("full", "kron", "diag")]
-    precisions = [[name, *tuned(laplace, p, name)] for name, p in softmax.items()]
-    wrong = [list(row) for row in disagreements(laplace)]
+    return {
+        "same": rows,
+        "sampled": [[name, weights_prediction(laplace, softmax[name], name)] for name in ("full", "kron", "diag")],
+        "tuned": [[name, *tuned(laplace, p, name)] for name, p in softmax.items()],
+        "wrong": [list(row) for row in disagreements(laplace)],
+    }
+
+
+def page(found: dict[str, list[list[Any]]], seconds: float) -> str:
+    """The tables and what they mean."""
+    release = version("laplace-torch")
+    compared = ["problem", "structure", "log evidence at θ̃", "mean", "covariance", "probit", "bridge", "mc"]
     lines = [
         f"laplace-torch {release}, Curvlinops {version('curvlinops-for-pytorch')}, BackPACK "
         f"{version('backpack-for-pytorch')}, torch {torch.__version__}; N = {N}, σ² = {NOISE}, λ = {PRECISION}, "
-        f"three hidden layers of 8 tanh, float64; {time.perf_counter() - start:.0f} s.",
+        f"three hidden layers of 8 tanh, float64; {seconds:.0f} s.",
         "",
         "## Same numbers",
         "",
         "Differences relative to the largest entry. Sampled probabilities (mc): largest difference in standard errors "
         f"of {DRAWS} and {DRAWS // 10} draws (with the bound p(1 − p) for the variance of a draw).",
         "",
-        *table(["problem", "structure", "log evidence at θ̃", "mean", "covariance", "probit", "bridge", "mc"], rows),
+        *table(compared, found["same"]),
         "",
         "`full (Curvlinops)`: that backend multiplies the curvature with a single-precision identity whatever the "
         "network's dtype; the others are double throughout. `kron`: a network whose hidden layers have no biases. With "
@@ -274,22 +268,43 @@ def main() -> None:
         "",
         "Probabilities of the network itself at 4000 sampled weights (softmax), largest difference in standard errors:",
         "",
-        *table(["structure", "difference"], sampled),
+        *table(["structure", "difference"], found["sampled"]),
         "",
         "## Tuned precision",
         "",
         "One precision by the evidence at θ̃ (softmax): precision, log evidence. 100 steps are laplace-torch's default. "
         "`kron` differs by the head's bias, which ntkgp joins with its weight under one precision.",
         "",
-        *table(["structure", "laplace-torch, 100 steps", "2000 steps", "ntkgp"], precisions),
+        *table(["structure", "laplace-torch, 100 steps", "2000 steps", "ntkgp"], found["tuned"]),
         "",
         f"## Where {release} is not right, or stops",
         "",
-        *table(["quantity", "laplace-torch", "dense reference", "why"], wrong),
+        *table(["quantity", "laplace-torch", "dense reference", "why"], found["wrong"]),
         "",
         "The parametric approximations above are right in every case tried. The [errata](../errata.md) have the rest.",
     ]  # fmt: skip
-    text = "\n".join(lines)
+    return "\n".join(lines)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, default=Path("docs/results"))
+    arguments = parser.parse_args()
+    try:
+        version("laplace-torch")
+    except PackageNotFoundError:
+        print("skipped: this script needs laplace-torch, which is not installed (see tests/test_laplace_torch.py)")
+        return
+    warnings.simplefilter("ignore")
+    logging.disable(logging.WARNING)
+    import laplace
+    import laplace.curvature
+
+    torch.set_num_threads(1)
+    torch.manual_seed(0)
+    start = time.perf_counter()
+    found = results(laplace)
+    text = page(found, time.perf_counter() - start)
     print(text)
     arguments.out.mkdir(parents=True, exist_ok=True)
     command = "Made by `python scripts/laplace_torch.py`, in an environment with laplace-torch.\n\n"
