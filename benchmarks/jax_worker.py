@@ -9,6 +9,7 @@ line of standard input: ``run`` (what one evaluation took), ``peak`` (growth of 
 
 from __future__ import annotations
 
+import functools
 import json
 import os
 import sys
@@ -42,83 +43,68 @@ def convert(tensors: Arrays) -> Arrays:
     return {name: np.ascontiguousarray(value) for name, value in converted.items()}
 
 
-def functions(net: str) -> Apply:
-    """f(parameters, x) of one of the benchmark networks, written in ``jax.numpy``; images are (N, height, width, C)."""
-    import jax  # type: ignore[import-not-found]
-    import jax.numpy as jnp  # type: ignore[import-not-found]
-    from jax import lax
+class Layers:
+    """The layers of the benchmark networks in ``jax.numpy``, by the PyTorch names of their tensors.
 
-    def dense(p: Arrays, name: str, x: Any) -> Any:
+    Images are (N, height, width, C).
+    """
+
+    def __init__(self) -> None:
+        import jax  # type: ignore[import-not-found]
+        import jax.numpy  # type: ignore[import-not-found]
+
+        self.nn, self.np, self.lax = jax.nn, jax.numpy, jax.lax
+
+    def dense(self, p: Arrays, name: str, x: Any) -> Any:
         return x @ p[f"{name}.weight"] + p[f"{name}.bias"]
 
-    def convolution(p: Arrays, name: str, x: Any, padding: int, stride: int = 1) -> Any:
+    def convolution(self, p: Arrays, name: str, x: Any, padding: int, stride: int = 1) -> Any:
         numbers = ("NHWC", "HWIO", "NHWC")
         edges = ((padding, padding), (padding, padding))
-        out = lax.conv_general_dilated(x, p[f"{name}.weight"], (stride, stride), edges, dimension_numbers=numbers)
+        out = self.lax.conv_general_dilated(x, p[f"{name}.weight"], (stride, stride), edges, dimension_numbers=numbers)
         return out + p[f"{name}.bias"] if f"{name}.bias" in p else out
 
-    def pool(x: Any) -> Any:
-        return lax.reduce_window(x, -jnp.inf, lax.max, (1, 2, 2, 1), (1, 2, 2, 1), "VALID")
+    def pool(self, x: Any) -> Any:
+        return self.lax.reduce_window(x, -self.np.inf, self.lax.max, (1, 2, 2, 1), (1, 2, 2, 1), "VALID")
 
-    def normalize(x: Any, axes: tuple[int, ...]) -> Any:
+    def normalize(self, x: Any, axes: tuple[int, ...]) -> Any:
         mean = x.mean(axes, keepdims=True)
-        return (x - mean) / jnp.sqrt(((x - mean) ** 2).mean(axes, keepdims=True) + 1e-5)
+        return (x - mean) / self.np.sqrt(((x - mean) ** 2).mean(axes, keepdims=True) + 1e-5)
 
-    def affine(p: Arrays, name: str, x: Any) -> Any:
+    def affine(self, p: Arrays, name: str, x: Any) -> Any:
         return x * p[f"{name}.weight"] + p[f"{name}.bias"]
 
-    def batch_norm(p: Arrays, name: str, x: Any) -> Any:
-        return affine(p, name, (x - p[f"{name}.running_mean"]) / jnp.sqrt(p[f"{name}.running_var"] + 1e-5))
+    def batch_norm(self, p: Arrays, name: str, x: Any) -> Any:
+        standard = (x - p[f"{name}.running_mean"]) / self.np.sqrt(p[f"{name}.running_var"] + 1e-5)
+        return self.affine(p, name, standard)
 
-    def group_norm(p: Arrays, name: str, x: Any, groups: int = 4) -> Any:
+    def group_norm(self, p: Arrays, name: str, x: Any, groups: int = 4) -> Any:
         grouped = x.reshape(*x.shape[:3], groups, -1)
-        return affine(p, name, normalize(grouped, (1, 2, 4)).reshape(x.shape))
+        return self.affine(p, name, self.normalize(grouped, (1, 2, 4)).reshape(x.shape))
 
-    def mlp(p: Arrays, x: Any) -> Any:
-        activation = jnp.tanh if net == "a" else jax.nn.relu
-        return dense(p, "4", activation(dense(p, "2", activation(dense(p, "0", x)))))
-
-    def lenet(p: Arrays, x: Any) -> Any:
-        x = pool(jax.nn.relu(convolution(p, "0", x.transpose(0, 2, 3, 1), 2)))
-        x = pool(jax.nn.relu(convolution(p, "3", x, 0)))
-        x = jax.nn.relu(dense(p, "7", x.reshape(len(x), -1)))
-        return dense(p, "11", jax.nn.relu(dense(p, "9", x)))
-
-    def residual(p: Arrays, name: str, x: Any, stride: int) -> Any:
-        z = jax.nn.relu(batch_norm(p, f"{name}.main.1", convolution(p, f"{name}.main.0", x, 1, stride)))
-        z = batch_norm(p, f"{name}.main.4", convolution(p, f"{name}.main.3", z, 1))
+    def residual(self, p: Arrays, name: str, x: Any, stride: int) -> Any:
+        z = self.nn.relu(self.batch_norm(p, f"{name}.main.1", self.convolution(p, f"{name}.main.0", x, 1, stride)))
+        z = self.batch_norm(p, f"{name}.main.4", self.convolution(p, f"{name}.main.3", z, 1))
         if f"{name}.skip.0.weight" in p:
-            x = batch_norm(p, f"{name}.skip.1", convolution(p, f"{name}.skip.0", x, 0, stride))
-        return jax.nn.relu(z + x)
+            x = self.batch_norm(p, f"{name}.skip.1", self.convolution(p, f"{name}.skip.0", x, 0, stride))
+        return self.nn.relu(z + x)
 
-    def resnet(p: Arrays, x: Any) -> Any:
-        x = jax.nn.relu(batch_norm(p, "1", convolution(p, "0", x.transpose(0, 2, 3, 1), 1)))
-        for k in range(8):
-            x = residual(p, str(3 + k), x, 2 if k in (2, 4, 6) else 1)
-        return dense(p, "13", x.mean((1, 2)))
-
-    def encoder(p: Arrays, name: str, x: Any) -> Any:
+    def encoder(self, p: Arrays, name: str, x: Any) -> Any:
         def split(z: Any) -> Any:
             return z.reshape(*x.shape[:2], 5, -1).transpose(0, 2, 1, 3)
 
-        z = affine(p, f"{name}.n1", normalize(x, (2,)))
-        q, k, v = (split(dense(p, f"{name}.{part}", z)) for part in "qkv")
-        attention = jax.nn.softmax(q @ k.transpose(0, 1, 3, 2) / q.shape[-1] ** 0.5, -1)
-        x = x + dense(p, f"{name}.o", (attention @ v).transpose(0, 2, 1, 3).reshape(x.shape))
-        hidden = dense(p, f"{name}.f1", affine(p, f"{name}.n2", normalize(x, (2,))))
-        return x + dense(p, f"{name}.f2", jax.nn.gelu(hidden, approximate=False))
+        z = self.affine(p, f"{name}.n1", self.normalize(x, (2,)))
+        q, k, v = (split(self.dense(p, f"{name}.{part}", z)) for part in "qkv")
+        attention = self.nn.softmax(q @ k.transpose(0, 1, 3, 2) / q.shape[-1] ** 0.5, -1)
+        x = x + self.dense(p, f"{name}.o", (attention @ v).transpose(0, 2, 1, 3).reshape(x.shape))
+        hidden = self.dense(p, f"{name}.f1", self.affine(p, f"{name}.n2", self.normalize(x, (2,))))
+        return x + self.dense(p, f"{name}.f2", self.nn.gelu(hidden, approximate=False))
 
-    def transformer(p: Arrays, x: Any) -> Any:
-        x = x.reshape(-1, 4, 7, 4, 7).transpose(0, 1, 3, 2, 4).reshape(-1, 16, 49)
-        x = dense(p, "emb", x) + p["pos.weight"]
-        x = encoder(p, "enc.1", encoder(p, "enc.0", x))
-        return dense(p, "head", affine(p, "norm", normalize(x, (2,))).mean(1))
+    def double_convolution(self, p: Arrays, name: str, x: Any, stride: int = 1) -> Any:
+        x = self.nn.silu(self.group_norm(p, f"{name}.1", self.convolution(p, f"{name}.0", x, 1, stride)))
+        return self.nn.silu(self.group_norm(p, f"{name}.4", self.convolution(p, f"{name}.3", x, 1)))
 
-    def double_convolution(p: Arrays, name: str, x: Any, stride: int = 1) -> Any:
-        x = jax.nn.silu(group_norm(p, f"{name}.1", convolution(p, f"{name}.0", x, 1, stride)))
-        return jax.nn.silu(group_norm(p, f"{name}.4", convolution(p, f"{name}.3", x, 1)))
-
-    def enlarge(p: Arrays, name: str, x: Any) -> Any:
+    def enlarge(self, p: Arrays, name: str, x: Any) -> Any:
         # A transposed convolution whose stride is its kernel is a dense layer and a rearrangement.
         weight = p[f"{name}.weight"]
         rows, columns, out, channels = weight.shape
@@ -126,15 +112,45 @@ def functions(net: str) -> Apply:
         z = z.reshape(*x.shape[:3], rows, columns, out).transpose(0, 1, 3, 2, 4, 5)
         return z.reshape(len(x), x.shape[1] * rows, x.shape[2] * columns, out) + p[f"{name}.bias"]
 
-    def unet(p: Arrays, x: Any) -> Any:
-        fine = double_convolution(p, "down1", x.transpose(0, 2, 3, 1))
-        middle = double_convolution(p, "down2", fine, 2)
-        x = enlarge(p, "up2", double_convolution(p, "bottom", middle, 2))
-        x = double_convolution(p, "merge2", jnp.concatenate([x, middle], -1))
-        x = double_convolution(p, "merge1", jnp.concatenate([enlarge(p, "up1", x), fine], -1))
-        return convolution(p, "out", x, 0).reshape(len(x), -1)
 
-    return {"a": mlp, "b": mlp, "c": lenet, "d": resnet, "e": transformer, "f": unet}[net]
+class Networks(Layers):
+    """f(parameters, x) of the benchmark networks."""
+
+    def named(self, net: str) -> Apply:
+        """One of them by its letter."""
+        activation = self.np.tanh if net == "a" else self.nn.relu
+        mlp = functools.partial(self.mlp, activation)
+        return {"a": mlp, "b": mlp, "c": self.lenet, "d": self.resnet, "e": self.transformer, "f": self.unet}[net]
+
+    def mlp(self, activation: Callable[[Any], Any], p: Arrays, x: Any) -> Any:
+        return self.dense(p, "4", activation(self.dense(p, "2", activation(self.dense(p, "0", x)))))
+
+    def lenet(self, p: Arrays, x: Any) -> Any:
+        relu = self.nn.relu
+        x = self.pool(relu(self.convolution(p, "0", x.transpose(0, 2, 3, 1), 2)))
+        x = self.pool(relu(self.convolution(p, "3", x, 0)))
+        x = relu(self.dense(p, "7", x.reshape(len(x), -1)))
+        return self.dense(p, "11", relu(self.dense(p, "9", x)))
+
+    def resnet(self, p: Arrays, x: Any) -> Any:
+        x = self.nn.relu(self.batch_norm(p, "1", self.convolution(p, "0", x.transpose(0, 2, 3, 1), 1)))
+        for k in range(8):
+            x = self.residual(p, str(3 + k), x, 2 if k in (2, 4, 6) else 1)
+        return self.dense(p, "13", x.mean((1, 2)))
+
+    def transformer(self, p: Arrays, x: Any) -> Any:
+        x = x.reshape(-1, 4, 7, 4, 7).transpose(0, 1, 3, 2, 4).reshape(-1, 16, 49)
+        x = self.dense(p, "emb", x) + p["pos.weight"]
+        x = self.encoder(p, "enc.1", self.encoder(p, "enc.0", x))
+        return self.dense(p, "head", self.affine(p, "norm", self.normalize(x, (2,))).mean(1))
+
+    def unet(self, p: Arrays, x: Any) -> Any:
+        fine = self.double_convolution(p, "down1", x.transpose(0, 2, 3, 1))
+        middle = self.double_convolution(p, "down2", fine, 2)
+        x = self.enlarge(p, "up2", self.double_convolution(p, "bottom", middle, 2))
+        x = self.double_convolution(p, "merge2", self.np.concatenate([x, middle], -1))
+        x = self.double_convolution(p, "merge1", self.np.concatenate([self.enlarge(p, "up1", x), fine], -1))
+        return self.convolution(p, "out", x, 0).reshape(len(x), -1)
 
 
 def load(path: str, net: str) -> tuple[Arrays, Arrays, Any]:
@@ -157,7 +173,7 @@ def build(path: str, net: str) -> Callable[[], Any]:
     import neural_tangents as nt  # type: ignore[import-not-found]
 
     parameters, constants, x = load(path, net)
-    apply = functions(net)
+    apply = Networks().named(net)
     structured = nt.NtkImplementation.STRUCTURED_DERIVATIVES
     kernel = nt.empirical_ntk_fn(
         lambda p, inputs: apply({**p, **constants}, inputs), trace_axes=(), vmap_axes=0, implementation=structured

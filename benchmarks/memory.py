@@ -1,12 +1,13 @@
 """Is ``max_memory`` kept? Peak memory of every call with a budget, measured in fresh processes.
 
-    python -m benchmarks.memory [--nets abcde] [--budgets 24 64] [--out FILE]
+    python -m benchmarks.memory [--nets abcdef] [--budgets 24 64] [--calls NAME ...] [--log FILE] [--out docs/results]
 
 For each network and call: the smallest budget that the call names when it refuses one byte; whether it accepts that
 one (and refuses nine tenths of it); the growth of resident memory while it runs with a budget of so many MiB, results
 included, over the budget. What the allocator and torch's libraries hold after a small run of everything is no part of
 it. A call whose smallest budget is above the given one is measured at its smallest. The exit status is 1 where a peak
-is above 1.15 times the budget, or a printed smallest budget is refused.
+is above 1.15 times the budget, or a printed smallest budget is refused. FILE has a line of JSON per call, from which
+an interrupted run goes on with the next network.
 """
 
 from __future__ import annotations
@@ -24,14 +25,19 @@ from typing import Any
 
 import gpytorch
 import torch
+from torch.utils.data import DataLoader, TensorDataset
 
 import ntkgp
 from benchmarks.nets import NETS, make
+from benchmarks.report import insert
 from benchmarks.timing import peak_memory, reset_peak
+from ntkgp import baselines
+from ntkgp.evidence import one_pass
 from ntkgp.linearization.memory import format_memory, parse_memory
 
 ROWS = {"a": 400, "b": 48, "c": 40, "d": 12, "e": 24, "f": 1}
 PROMISE = 1.15
+PAGE = "memory.md"
 MEBIBYTE = 2**20
 Call = Callable[[Any], Any]
 
@@ -49,16 +55,45 @@ def calls(lin: ntkgp.LinearizedNetwork, x: torch.Tensor) -> Iterator[tuple[str, 
     yield "factors", lambda m: lin.factors(x, max_memory=m)
     yield "features", lambda m: lin.features(x, directions, max_memory=m)
     yield "symmetric_grams on disk", lambda m: lin.symmetric_grams(x, max_memory=m, storage="disk")
-    likelihood = gpytorch.likelihoods.GaussianLikelihood
+    yield from models(lin, x, y, z)
+
+
+def models(
+    lin: ntkgp.LinearizedNetwork, x: torch.Tensor, y: torch.Tensor, z: torch.Tensor
+) -> Iterator[tuple[str, Call]]:
+    """Fits and predictions, of what does not take minutes."""
+    likelihood, n = gpytorch.likelihoods.GaussianLikelihood, len(x)
 
     def nystrom(m: Any) -> Any:
         return ntkgp.NystromNTKGP((x, y), likelihood(), lin, max(1, n // 8), 8, max_memory=m).fit(progress=False)
 
+    def exact(m: Any, form: str, data: Any = None) -> Any:
+        given = (x, y) if data is None else (data, None)
+        return ntkgp.ExactNTKGP(*given, likelihood(), lin, form=form, max_memory=m).eval()(z).variance
+
+    def variational(m: Any) -> Any:
+        model = ntkgp.VariationalNTKGP(z, likelihood(), lin, n, learn_inducing=False, max_memory=m)
+        return model.fit((x, y), iterations=2, batch_size=8, progress=False)(z).variance
+
+    def laplace(m: Any, structure: str) -> Any:
+        return baselines.Laplace(net_of(lin), structure=structure, evidence=None, max_memory=m).fit((x, y)).predict(z)
+
     yield "NystromNTKGP.fit", nystrom
+    yield "one_pass", lambda m: one_pass(lin, (x, y), likelihood(), num_landmarks=max(1, n // 8), max_memory=m)
+    yield "ExactNTKGP dual", lambda m: exact(m, "dual")
+    if lin.num_outputs <= 10:
+        yield "VariationalNTKGP.fit", variational
+        yield "Laplace kfac", lambda m: laplace(m, "kfac")
+        yield "Laplace diagonal", lambda m: laplace(m, "diagonal")
     if lin.num_parameters < 3000:
-        yield "ExactNTKGP primal", lambda m: ntkgp.ExactNTKGP(
-            x, y, likelihood(), lin, form="primal", max_memory=m
-        ).eval()(z).variance  # fmt: skip
+        yield "ExactNTKGP primal", lambda m: exact(m, "primal")
+        loader = DataLoader(TensorDataset(x, y), batch_size=32)
+        yield "ExactNTKGP primal, streamed", lambda m: exact(m, "primal", loader)
+
+
+def net_of(lin: ntkgp.LinearizedNetwork) -> torch.nn.Module:
+    """The network that was linearised."""
+    return lin.frozen.module(lin.frozen.device)
 
 
 def smallest(call: Call) -> int | None:
@@ -84,19 +119,22 @@ def accepted(call: Call, budget: int) -> bool:
     return True
 
 
-def measure(name: str, budgets: list[float]) -> None:
+def measure(name: str, budgets: list[float], chosen: list[str] | None) -> None:
     """Write one line of JSON per call and budget: in a process of its own."""
     torch.set_num_threads(1)
     net, x = make(name, max(ROWS[name], 2))
     x = x[: ROWS[name]]
     lin = ntkgp.LinearizedNetwork(net, x[:2], groups="layer")
-    for _, call in calls(lin, x[:2]):
-        call("2GiB")
+    for title, call in calls(lin, x[:2]):
+        if chosen is None or title in chosen:
+            call("2GiB")
     for title, call in calls(lin, x):
+        if chosen is not None and title not in chosen:
+            continue
         least = smallest(call)
         honest = least is None or (accepted(call, least) and not accepted(call, int(0.9 * least)))
         for budget in budgets:
-            given = int(budget * MEBIBYTE) if least is None else max(int(budget * MEBIBYTE), least)
+            given = max(int(budget * MEBIBYTE), least or 1)
             ctypes.CDLL(None).malloc_trim(0)
             before = reset_peak()
             result = call(given)
@@ -126,26 +164,33 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--nets", default="".join(NETS), help="letters of benchmarks.nets")
     parser.add_argument("--budgets", type=float, nargs="+", default=[24.0, 64.0], help="MiB")
-    parser.add_argument("--out", type=Path, help="also write the table here")
+    parser.add_argument("--calls", nargs="+", help="these calls only")
+    parser.add_argument("--log", type=Path, help="a file of all rows, from which an interrupted run goes on")
+    parser.add_argument("--out", type=Path, help=f"a folder with {PAGE}, whose table is replaced")
     parser.add_argument("--measure", help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.measure:
-        measure(options.measure, options.budgets)
+        measure(options.measure, options.budgets, options.calls)
         return 0
-    rows: list[dict[str, Any]] = []
+    known = [json.loads(line) for line in options.log.open()] if options.log and options.log.exists() else []
+    rows = [row for row in known if row["net"] in options.nets]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    for name in options.nets:
+    for name in sorted(set(options.nets) - {row["net"] for row in rows}):
         command = [sys.executable, "-m", "benchmarks.memory", "--measure", name, "--budgets"]
-        command += map(str, options.budgets)
+        command += [*map(str, options.budgets), *(["--calls", *options.calls] if options.calls else [])]
         done = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
         if done.returncode:
             print(done.stderr, file=sys.stderr)
             return 2
-        rows += [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
+        lines = [line for line in done.stdout.splitlines() if line.startswith("{")]
+        rows += map(json.loads, lines)
+        if options.log:
+            with options.log.open("a") as file:
+                file.writelines(f"{line}\n" for line in lines)
     text = table(rows)
     print(text)
     if options.out:
-        options.out.write_text(text + "\n")
+        insert(options.out / PAGE, "memory", text)
     return int(any(not row["honest"] or row["peak"] > PROMISE * row["budget"] for row in rows))
 
 

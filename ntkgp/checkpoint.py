@@ -19,6 +19,7 @@ from torch import Tensor
 
 from ntkgp.distributed import broadcast_object, gather_objects, rank, world_size
 from ntkgp.fingerprint import digest
+from ntkgp.locking import FolderInUse, FolderLock
 
 logger = logging.getLogger("ntkgp")
 
@@ -136,6 +137,9 @@ class Checkpoint:
     Inside its ``with`` block, in the main thread, a run also answers SIGTERM: at the next offer the state is written,
     and then whatever handled the signal before handles it. The handler before is back afterwards.
 
+    A folder belongs to one run at a time: a second one, of this process or of another, is refused while the first goes
+    on. The folder of a process that has ended, however it did, is free.
+
     Of several processes (:mod:`ntkgp.distributed`) rank 0 reads and writes; the others get the state from it, so only
     rank 0 needs to see the folder. A state does not depend on how many they are.
 
@@ -204,6 +208,7 @@ class Checkpoint:
         :param data: what stands for the data.
         :param configuration: whatever else the result depends on, by name.
         :raises CheckpointMismatch: the folder has states of a run with another network, data or configuration.
+        :raises FolderInUse: another run works in the folder.
         """
         identity = {"network": digest(network), "data": digest(data)}
         identity |= {f"configuration: {name}": _described(value) for name, value in (configuration or {}).items()}
@@ -228,10 +233,14 @@ class Checkpoint:
             try:
                 self.path.mkdir(parents=True, exist_ok=True)
                 run = Run(self, identity)
-            except (OSError, ValueError) as reason:
+            except (OSError, ValueError, FolderInUse) as reason:
                 failure = reason
         if world_size() > 1:
-            failure, run.state = broadcast_object((failure, run.state))
+            try:
+                failure, run.state = broadcast_object((failure, run.state))
+            except BaseException:
+                run._close()
+                raise
             run._checkpoint = self
         if failure is not None:
             raise failure
@@ -312,8 +321,14 @@ class Run:
         self._previous: Any = None
         self._answers = False
         self._writes = True
+        self._lock: FolderLock | None = None
         if checkpoint is not None:
-            self._resume(checkpoint)
+            self._lock = FolderLock(checkpoint.path)
+            try:
+                self._resume(checkpoint)
+            except BaseException:
+                self._lock.release()
+                raise
 
     @property
     def checkpoint(self) -> Checkpoint | None:
@@ -426,6 +441,8 @@ class Run:
             os.kill(os.getpid(), number)
 
     def _close(self) -> None:
+        if self._lock is not None:
+            self._lock.release()
         if not self._answers:
             return
         self._answers = False

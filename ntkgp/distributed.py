@@ -41,6 +41,22 @@ def rank() -> int:
     return dist.get_rank() if grouped() else 0
 
 
+class LostProcess(RuntimeError):
+    """Another process of the group has ended, or has not answered within the group's time limit."""
+
+
+def _asked(call: Callable[..., Any], *args: Any, **options: Any) -> Any:
+    """A call to all processes; an error that says what to do where one of them is gone."""
+    try:
+        return call(*args, **options)
+    except RuntimeError as reason:
+        raise LostProcess(
+            f"distributed: rank {dist.get_rank()} gets no answer from another process, which has ended or taken longer "
+            f"than the group's timeout ({reason}); start all processes again: what has a checkpoint goes on from its "
+            "last state"
+        ) from reason
+
+
 def grouped() -> bool:
     """Whether there are processes to share work with, be it a group of one."""
     return dist.is_available() and dist.is_initialized() and not _ALONE.get()
@@ -129,7 +145,7 @@ def ordered_sum(partials: Mapping[int, Tensor], shards: Shards, fast: bool = Fal
             )
         total = _fold([partials[s] for s in shards.own()])
         wire = on_wire(total)
-        dist.all_reduce(wire)
+        _asked(dist.all_reduce, wire)
         return wire.to(total.device)
     return _fold(_each(partials, shards))
 
@@ -210,12 +226,12 @@ def broadcast(value: Tensor | None, source: int) -> Tensor:
         assert value is not None
         return value
     about: list[Any] = [None if value is None else (tuple(value.shape), value.dtype, value.device.type)]
-    dist.broadcast_object_list(about, src=source)
+    _asked(dist.broadcast_object_list, about, src=source)
     shape, dtype, kind = about[0]
     device = torch.device(kind, torch.cuda.current_device()) if kind == "cuda" else torch.device(kind)
     found = torch.empty(shape, dtype=dtype, device=device) if value is None else value.contiguous()
     wire = on_wire(found)
-    dist.broadcast(wire, src=source)
+    _asked(dist.broadcast, wire, src=source)
     return wire.to(device)
 
 
@@ -224,7 +240,7 @@ def broadcast_object(value: T, source: int = 0) -> T:
     if world_size() == 1:
         return value
     held: list[Any] = [value if rank() == source else None]
-    dist.broadcast_object_list(held, src=source)
+    _asked(dist.broadcast_object_list, held, src=source)
     return held[0]
 
 
@@ -233,7 +249,7 @@ def gather_objects(value: T) -> list[T]:
     if world_size() == 1:
         return [value]
     held: list[Any] = [None] * world_size()
-    dist.all_gather_object(held, value)
+    _asked(dist.all_gather_object, held, value)
     return held
 
 
@@ -243,7 +259,7 @@ def gather_numbers(*values: int) -> list[tuple[int, ...]]:
         return [values]
     own = on_wire(torch.tensor(values))
     found = [torch.empty_like(own) for _ in range(world_size())]
-    dist.all_gather(found, own)
+    _asked(dist.all_gather, found, own)
     return [tuple(row.tolist()) for row in found]
 
 
@@ -252,7 +268,7 @@ def smallest(value: Tensor) -> Tensor:
     if world_size() == 1:
         return value
     wire = on_wire(value).clone()
-    dist.all_reduce(wire, op=dist.ReduceOp.MIN)
+    _asked(dist.all_reduce, wire, op=dist.ReduceOp.MIN)
     return wire.to(value.device)
 
 
@@ -310,7 +326,7 @@ class OrderedFold:
             return
         sent = on_wire(torch.stack([self._padded(part).view(self._worlds, -1) for part in parts], 1))
         received = torch.empty_like(sent)
-        dist.all_to_all_single(received, sent)
+        _asked(dist.all_to_all_single, received, sent)
         received = received.to(self._own.device)
         for number in range(len(parts)):
             for row in received[: last if number == len(parts) - 1 else None, number]:
@@ -322,7 +338,7 @@ class OrderedFold:
             return self._own
         own = on_wire(self._own)
         parts = [torch.empty_like(own) for _ in range(self._worlds)]
-        dist.all_gather(parts, own)
+        _asked(dist.all_gather, parts, own)
         return torch.cat(parts)[: self._size].to(self._own.device)
 
 
@@ -426,12 +442,12 @@ def _each(parts: Mapping[int, Tensor], shards: Shards) -> Any:
     if shards.count * first.numel() * first.element_size() > _GATHERED:
         for s in range(shards.count):
             found = on_wire(parts[s].contiguous() if shards.owner(s) == rank() else torch.empty_like(first))
-            dist.broadcast(found, src=shards.owner(s))
+            _asked(dist.broadcast, found, src=shards.owner(s))
             yield found.to(first.device)
         return
     rounds = -(-shards.count // world_size())
     own = on_wire(torch.stack([*(parts[s] for s in shards.own()), *[first] * (rounds - len(shards.own()))]))
     gathered = [torch.empty_like(own) for _ in range(world_size())]
-    dist.all_gather(gathered, own)
+    _asked(dist.all_gather, gathered, own)
     for s in range(shards.count):
         yield gathered[shards.owner(s)][s // world_size()].to(first.device)

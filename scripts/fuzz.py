@@ -1,42 +1,88 @@
 """Random networks times every public call: each case is the dense oracle's result, or a clear error.
 
-    PYTHONPATH=. python scripts/fuzz.py --first 0 --count 10000            # all calls in turn, eight on each network
+    PYTHONPATH=. python scripts/fuzz.py --count 10000 --log cases.csv --out docs/results  # and the page of it
     PYTHONPATH=. python scripts/fuzz.py --first 1234 --count 1 --verbose    # one case again, with its traceback
     PYTHONPATH=. python scripts/fuzz.py --count 300 --call grams            # one call on many networks
-    PYTHONPATH=. python scripts/fuzz.py --leaks 1000 --count 4  # the same cases again and again: what grows?
 
 A case is its number: network, data and call are drawn from it. A find is a wrong number, an error that torch raised
 and not the library, a bad argument that was accepted, a warning, or a change of the module, of a generator, of the
-default dtype or of the number of threads. The exit status is 1 where there is one.
+default dtype or of the number of threads. The exit status is 1 where there is one. What cases.csv has already is not
+run again. What grows over many repetitions is asked by scripts/leaks.py.
 """
 
 from __future__ import annotations
 
 import argparse
+import csv
 import logging
 import sys
 import time
+import traceback
 from collections import Counter
+from dataclasses import dataclass, replace
+from pathlib import Path
 
 import torch
 
+from benchmarks.report import insert
 from tests.fuzzing import NAMES, Outcome, run
-from tests.fuzzing.watch import resources
+
+PAGE = "fuzzing.md"
+COLUMNS = ("number", "call", "kind", "text", "network", "seconds")
 
 
-def sweep(first: int, count: int, seconds: float, call: str | None, verbose: bool) -> list[Outcome]:
-    started, found = time.monotonic(), []
-    for number in range(first, first + count):
-        outcome = run(number, call)
-        found.append(outcome)
-        if outcome.kind == "find" or (verbose and outcome.kind == "refused"):
-            print(f"{outcome.number} {outcome.call} {outcome.kind}: {outcome.text}\n    {outcome.network}", flush=True)
-        if time.monotonic() - started > seconds:
-            break
+@dataclass(frozen=True)
+class Timed:
+    """An outcome and its CPU seconds."""
+
+    outcome: Outcome
+    seconds: float
+
+
+def read(log: Path | None) -> dict[int, Timed]:
+    """The cases of a log, by number; the last row of a number counts."""
+    if log is None or not log.is_file():
+        return {}
+    found: dict[int, Timed] = {}
+    with log.open(newline="") as file:
+        for row in csv.DictReader(file):
+            outcome = Outcome(int(row["number"]), row["call"], row["kind"], row["text"], row["network"])
+            found[outcome.number] = Timed(outcome, float(row["seconds"]))
     return found
 
 
-def table(outcomes: list[Outcome], cpu: float) -> str:
+def append(log: Path, timed: Timed) -> None:
+    new = not log.exists()
+    with log.open("a", newline="") as file:
+        writer = csv.DictWriter(file, COLUMNS)
+        if new:
+            writer.writeheader()
+        writer.writerow(
+            {**{name: getattr(timed.outcome, name) for name in COLUMNS[:-1]}, "seconds": f"{timed.seconds:.4f}"}
+        )
+
+
+def sweep(numbers: range, call: str | None, log: Path | None, again: bool, verbose: bool) -> list[Timed]:
+    known, found = read(log), []
+    for number in numbers:
+        if number in known and not (again and known[number].outcome.kind == "find"):
+            found.append(known[number])
+            continue
+        started = time.process_time()
+        outcome = run(number, call)
+        timed = Timed(replace(outcome, error=None), time.process_time() - started)
+        if log is not None:
+            append(log, timed)
+        found.append(timed)
+        if outcome.kind == "find" or (verbose and outcome.kind == "refused"):
+            print(f"{outcome.number} {outcome.call} {outcome.kind}: {outcome.text}\n    {outcome.network}", flush=True)
+            if verbose and outcome.error is not None:
+                traceback.print_exception(outcome.error)
+    return found
+
+
+def table(outcomes: list[Outcome]) -> str:
+    """Cases by call and kind."""
     lines = ["| call | cases | equal | refused | finds |", "| --- | --- | --- | --- | --- |"]
     counts = Counter((o.call, o.kind) for o in outcomes)
     for name in (*NAMES, "all"):
@@ -46,43 +92,51 @@ def table(outcomes: list[Outcome], cpu: float) -> str:
         ]
         if sum(kinds):
             lines.append(f"| {name} | {sum(kinds)} | {' | '.join(map(str, kinds))} |")
-    refusals = Counter(f"{o.call}: {o.text[:110]}" for o in outcomes if o.kind == "refused")
-    lines += ["", f"{len(outcomes)} cases, {cpu:.0f} CPU s ({1e3 * cpu / max(1, len(outcomes)):.0f} ms each)"]
-    return "\n".join([*lines, *(f"refused {n} times: {text}" for text, n in refusals.most_common(20))])
+    return "\n".join(lines)
 
 
-def leaks(first: int, count: int, repetitions: int, call: str | None) -> int:
-    """Growth of files, threads and tensors from the fifth repetition of some cases to the last."""
-    before: dict[str, int] = {}
-    for repetition in range(repetitions):
-        for number in range(first, first + count):
-            run(number, call)
-        if repetition == min(5, repetitions - 2):
-            before = resources()
-    after = resources()
-    grown = {name: (before[name], after[name]) for name in after if after[name] > before[name]}
-    print(f"{repetitions} repetitions of {count} cases: {grown or 'nothing has grown'}")
-    return int(bool(grown))
+def refusals(outcomes: list[Outcome]) -> str:
+    """What good arguments were refused for, and how often."""
+    said = Counter(f"`{o.call}`: {o.text[:140]}" for o in outcomes if o.kind == "refused")
+    return "\n".join(f"- {n} times, {text}" for text, n in said.most_common(20)) or "None was."
+
+
+def section(found: list[Timed], command: str) -> str:
+    """What the page says of the cases."""
+    outcomes, cpu = [timed.outcome for timed in found], sum(timed.seconds for timed in found)
+    networks = len({o.network for o in outcomes})
+    finds = [f"- {o.number} `{o.call}`: {o.text}" for o in outcomes if o.kind == "find"]
+    return "\n".join(
+        [
+            f"    {command}", "",
+            f"{len(found):,} cases on {networks:,} networks, {cpu:,.0f} CPU seconds, one thread, torch "
+            f"{torch.__version__}: **{len(finds)} finds**.", *finds, "", table(outcomes), "",
+            "Good arguments that were refused:", "", refusals(outcomes),
+        ]
+    )  # fmt: skip
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--first", type=int, default=0, help="number of the first case")
     parser.add_argument("--count", type=int, default=1000, help="how many cases")
-    parser.add_argument("--seconds", type=float, default=float("inf"), help="stop after so much time")
     parser.add_argument("--call", choices=NAMES, help="this call only")
-    parser.add_argument("--leaks", type=int, help="repeat the cases so often, and say what has grown")
-    parser.add_argument("--verbose", action="store_true", help="print refusals and what the library logs")
+    parser.add_argument("--log", type=Path, help="a CSV file of all cases, from which an interrupted run goes on")
+    parser.add_argument("--again", action="store_true", help="run the finds of the log again")
+    parser.add_argument("--out", type=Path, help=f"a folder with {PAGE}, whose table is replaced")
+    parser.add_argument("--verbose", action="store_true", help="print refusals, tracebacks and what the library logs")
     options = parser.parse_args()
     torch.set_num_threads(1)
     if not options.verbose:
         logging.getLogger("ntkgp").setLevel(logging.ERROR)
-    if options.leaks:
-        return leaks(options.first, options.count, options.leaks, options.call)
-    started = time.process_time()
-    outcomes = sweep(options.first, options.count, options.seconds, options.call, options.verbose)
-    print(table(outcomes, time.process_time() - started))
-    return int(any(outcome.kind == "find" for outcome in outcomes))
+    numbers = range(options.first, options.first + options.count)
+    found = sweep(numbers, options.call, options.log, options.again, options.verbose)
+    print(section(found, ""))
+    if options.out:
+        first = f" --first {options.first}" if options.first else ""
+        command = f"PYTHONPATH=. python scripts/fuzz.py{first} --count {options.count} --log cases.csv"
+        insert(options.out / PAGE, "cases", section(found, f"{command} --out docs/results"))
+    return int(any(timed.outcome.kind == "find" for timed in found))
 
 
 if __name__ == "__main__":

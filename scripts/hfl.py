@@ -304,7 +304,7 @@ def main() -> None:
             print(f"{problem}, data set {seed}: {time.process_time() - start:.0f} s", flush=True)
     tables = [line for problem, sets in studies.items() for line in table(problem, sets, grid)]
     lines = [
-        "# Hessian-free Laplace", "", "Made by `python scripts/hfl.py`" + " --quick" * quick + ".", "",
+        "# Hessian-free Laplace", "", f"Made by `python scripts/hfl.py{' --quick' * quick}`.", "",
         "![bands of HFL, amortised HFL, Laplace, ntkgp and an ensemble](hfl.png)", "",
         *(part.replace("\n", " ") + "\n" for part in (__doc__ or "").split("\n\n")[1:3]),
         *limits, "## What they cover", "",

@@ -55,7 +55,7 @@ def forked(work: Callable[[], Any]) -> int:
         os._exit(code)
 
 
-def _in_child(work: Callable[[], Any], path: Path) -> Any:
+def in_child(work: Callable[[], Any], path: Path) -> Any:
     """What work in a child returns; modules that it imports on the way are imported here too, for later children."""
     import torch
 
@@ -102,7 +102,7 @@ def main(case: str, folder: str, kills: str, seed: str, low: str, high: str) -> 
         torch.save(run(place / "kept"), place / "disturbed.pt")
 
     # Never in this process, which forks: a computation may leave a thread behind, whose locks children would inherit.
-    first = _in_child(lambda: run(None), place / "undisturbed.pt")
+    first = in_child(lambda: run(None), place / "undisturbed.pt")
     found: dict[str, Any] = {"kills": 0, "parts": 0, "finished": 0, "different": [], "states": []}
     while found["kills"] < int(kills) or not found["finished"]:
         child = forked(disturbed)

@@ -24,15 +24,17 @@ class Nystrom:
 
     :param rows: J_u, shape (m, P).
     :param entries: λ of each weight, shape (P,).
+    :param cut: directions of smaller eigenvalues, relative to the largest, are left out.
     """
 
     rows: Tensor
     entries: Tensor
+    cut: float = 1e-13
 
     def phi(self, j: Tensor) -> Tensor:
         """Features of Jacobian rows, (n, P) -> (n, r)."""
         scaled = self.rows / self.entries
-        return j @ scaled.T @ pseudo_inverse_root(scaled @ self.rows.T)
+        return j @ scaled.T @ pseudo_inverse_root(scaled @ self.rows.T, self.cut)
 
     def gram(self, j1: Tensor, j2: Tensor | None = None) -> Tensor:
         """The kernel matrix."""

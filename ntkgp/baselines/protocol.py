@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable, Mapping
 from typing import TYPE_CHECKING, Any
 
 import torch
-from gpytorch.likelihoods import GaussianLikelihood, Likelihood, MultitaskGaussianLikelihood
+from gpytorch.likelihoods import GaussianLikelihood, Likelihood
 from torch import Tensor, nn
 from torch.distributions import Bernoulli, Categorical, Distribution, MultivariateNormal, Normal
 
@@ -15,6 +15,7 @@ from ntkgp.likelihoods import BernoulliLikelihood, CategoricalLikelihood
 from ntkgp.linearization import LinearizedNetwork, ParameterGroups
 from ntkgp.linearization.memory import parse_memory
 from ntkgp.models.batches import Batches, collect_raw
+from ntkgp.models.posterior import LEAST_VARIANCE
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -164,11 +165,6 @@ class Baseline(ABC):
         """A likelihood that has the method's targets."""
         return likelihood_of(self.kind, self.lin.num_outputs)
 
-    def gaussian_likelihood(self) -> Likelihood:
-        """A Gaussian likelihood with one noise per output, as GP models of the same data have it."""
-        c = self.lin.num_outputs
-        return GaussianLikelihood() if c == 1 else MultitaskGaussianLikelihood(num_tasks=c, has_global_noise=False)
-
 
 def check_entries(state: Mapping[str, Tensor], expected: Iterable[str]) -> None:
     """An error where a state has other entries than those expected."""
@@ -187,8 +183,22 @@ def likelihood_of(kind: str, num_outputs: int) -> Likelihood:
 def normal(mean: Tensor, covariance: Tensor) -> Distribution:
     """Outputs with mean (N, C) and covariance (N, C, C) as a distribution: ``Normal`` (N,) for C = 1."""
     if mean.shape[-1] == 1:
-        return Normal(mean[:, 0], covariance[:, 0, 0].clamp_min(1e-30).sqrt())
-    return MultivariateNormal(mean, covariance_matrix=covariance)
+        return Normal(mean[:, 0], covariance[:, 0, 0].clamp_min(LEAST_VARIANCE).sqrt())
+    return MultivariateNormal(mean, covariance_matrix=_definite(covariance))
+
+
+def _definite(covariance: Tensor) -> Tensor:
+    """Covariances (N, C, C) with as little on the diagonal as gives each of them a Cholesky factor."""
+    size = covariance.diagonal(dim1=-2, dim2=-1).amax(-1)
+    for ulps in (0, *(4**power for power in range(12))):
+        added = (ulps * torch.finfo(covariance.dtype).eps * size).clamp_min(LEAST_VARIANCE * (ulps > 0))
+        raised = covariance + torch.diag_embed(added.unsqueeze(-1).expand(covariance.shape[:-1]))
+        failed = torch.linalg.cholesky_ex(raised).info > 0
+        if not bool(failed.any()):
+            return raised
+        covariance = torch.where(failed[:, None, None], covariance, raised)
+        size = torch.where(failed, size, 0.0)
+    return covariance
 
 
 def observed(latent_mean: Tensor, latent_covariance: Tensor, noise: Tensor) -> Distribution:

@@ -20,6 +20,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -242,6 +243,56 @@ class EvidenceObjective:
         cross = problem.tangent_theta @ alpha
         prior = (star - 2.0 * cross + precision * problem.theta_norms).clamp_min(0.0)
         return float(misfit.square().sum()), prior
+
+
+class ClassificationObjective(EvidenceObjective):
+    """What the evidences of a classification share: rows whitened by a curvature, with unit noise."""
+
+    problem: Any
+
+    @property
+    def size(self) -> int:
+        """Rank of the curvature."""
+        return self.problem.max_dimension
+
+    @property
+    def refreezes(self) -> bool:
+        """Whether the curvature is to follow theta_star."""
+        return self.problem.variant == "full"
+
+    def constant(self, solution: Solution) -> float:
+        """Log-determinant part of the evidence."""
+        return -0.5 * solution.logdet
+
+    def at_star(
+        self, found: Solution, log_likelihood: float, quadratic: Tensor, squared_norms: Tensor, gap: float
+    ) -> Evaluation:
+        """Evidence with the true loss at theta_star; `quadratic` is lambda_g |theta_star_g|^2, shape (G,)."""
+        return Evaluation(
+            value=log_likelihood - 0.5 * float(quadratic.sum()) + self.constant(found),
+            pull=found.dimension,
+            push=quadratic.clamp_min(0.0),
+            effective_dimension=found.dimension,
+            squared_norms=squared_norms.clamp_min(0.0),
+            sse=math.nan,
+            jitter=found.jitter,
+            rounding=found.rounding,
+            gap=gap,
+        )
+
+    def of_expansion(self, x: Tensor, constant: float) -> Evaluation:
+        """Evidence of the loss's second-order expansion at x; `constant` is what the Gaussian rows leave out."""
+        found = self.solution(x)
+        return Evaluation(
+            value=constant + self.constant(found) - 0.5 * found.fit,
+            pull=found.dimension,
+            push=found.quadratic,
+            effective_dimension=found.dimension,
+            squared_norms=found.quadratic / self.split(x)[0],
+            sse=math.nan,
+            jitter=found.jitter,
+            rounding=found.rounding,
+        )
 
 
 class MapObjective(EvidenceObjective):

@@ -11,10 +11,10 @@ import torch
 from torch import Tensor
 
 from ntkgp.checkpoint import moved_to
-from ntkgp.evidence.objective import Evaluation, EvidenceObjective
+from ntkgp.evidence.objective import ClassificationObjective, Evaluation, EvidenceObjective
 from ntkgp.evidence.primal import WeightSpaceProblem, objective_at
 from ntkgp.evidence.problem import NoiseModel
-from ntkgp.evidence.system import Solution, SpectralSystem, linear_system
+from ntkgp.evidence.system import SpectralSystem, linear_system
 from ntkgp.evidence.weight_space import CompressedRows, PrimalMode, TangentLogits, primal_mode
 from ntkgp.linearization.symmetric import SymmetricGrams
 
@@ -60,10 +60,8 @@ class PrimalSoftmaxEvidence(WeightSpaceProblem):
         return replace(self, grams=grams, root=compressed.root, compressed=compressed, point=point)
 
 
-class _LogitObjective(EvidenceObjective):
+class _LogitObjective(ClassificationObjective):
     """What the objectives of a classification in weight space share."""
-
-    problem: Any
 
     def __init__(self, problem: PrimalSoftmaxEvidence, bounds: tuple[float, float], targets: Tensor | None) -> None:
         unit = NoiseModel.known(torch.ones_like(problem.compressed.targets))
@@ -79,11 +77,6 @@ class _LogitObjective(EvidenceObjective):
         spectral = isinstance(self.system, SpectralSystem)
         return self.system.eigenvalues_cut + (self.problem.compressed.unreached if spectral else 0)
 
-    @property
-    def size(self) -> int:
-        """Rank of the curvature."""
-        return self.problem.max_dimension
-
     def residual_noise(self) -> Tensor | None:
         """None: a classification has no noise."""
         return None
@@ -91,10 +84,6 @@ class _LogitObjective(EvidenceObjective):
     def data_warnings(self) -> list[str]:
         """What about the data deserves attention."""
         return self.problem.data.warnings()
-
-    def constant(self, solution: Solution) -> float:
-        """Log-determinant part of the evidence."""
-        return -0.5 * solution.logdet
 
     def theta_star(self, x: Tensor) -> Tensor:
         """The mode in weight space, shape (P,)."""
@@ -161,23 +150,7 @@ class PrimalSoftmaxObjective(_LogitObjective):
         precision, _ = self.split(x)
         found, star = self.solution(x), self.primal_mode(x)
         norms = self.problem.sum_per_group(star.theta.square())
-        quadratic = precision * norms
-        return Evaluation(
-            value=star.log_likelihood - 0.5 * float(quadratic.sum()) + self.constant(found),
-            pull=found.dimension,
-            push=quadratic,
-            effective_dimension=found.dimension,
-            squared_norms=norms,
-            sse=math.nan,
-            jitter=found.jitter,
-            rounding=found.rounding,
-            gap=star.gap,
-        )
-
-    @property
-    def refreezes(self) -> bool:
-        """Whether the curvature is to follow theta_star."""
-        return self.problem.variant == "full"
+        return self.at_star(found, star.log_likelihood, precision * norms, norms, star.gap)
 
     @property
     def curvature_point(self) -> Tensor:
@@ -215,20 +188,9 @@ class PrimalQuadraticObjective(_LogitObjective):
 
     def __call__(self, x: Tensor) -> Evaluation:
         """Evaluate the evidence at x."""
-        precision, _ = self.split(x)
-        found, problem = self.solution(x), self.problem
         # Squares of the rows that no J reaches cancel between the surrogate's constant and its misfit.
-        constant = problem.log_likelihood + 0.5 * float(problem.compressed.targets.square().sum())
-        return Evaluation(
-            value=constant + self.constant(found) - 0.5 * found.fit,
-            pull=found.dimension,
-            push=found.quadratic,
-            effective_dimension=found.dimension,
-            squared_norms=found.quadratic / precision,
-            sse=math.nan,
-            jitter=found.jitter,
-            rounding=found.rounding,
-        )
+        squares = float(self.problem.compressed.targets.square().sum())
+        return self.of_expansion(x, self.problem.log_likelihood + 0.5 * squares)
 
 
 def find_mode(logits: TangentLogits, precision: Tensor, compressed: CompressedRows) -> PrimalMode:

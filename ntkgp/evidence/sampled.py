@@ -158,20 +158,10 @@ def sampled_evidence(
     from ntkgp.models.noise import NoiseLink, is_classification, prepare_likelihood
 
     started = time.perf_counter()
-    if not isinstance(lin, LinearizedNetwork):
-        raise TypeError(f"lin: expected a ntkgp.LinearizedNetwork, got {type(lin).__name__}")
-    for name, value, allowed in (
-        ("form", form, ("auto", "dual", "weights")), ("curvature", curvature, ("simple", "quadratic"))
-    ):  # fmt: skip
-        if value not in allowed:
-            raise ValueError(f"{name}: expected one of {allowed}, got {value!r}")
-    for name, number, low in (
-        ("num_samples", num_samples, 2), ("max_steps", max_steps, 1), ("max_iterations", max_iterations, 1),
-        ("num_landmarks", 1 if num_landmarks is None else num_landmarks, 1),
-    ):  # fmt: skip
-        check_count(number, name, low)
-    if not 0.0 < tolerance:
-        raise ValueError(f"tolerance: expected a positive number, got {tolerance!r}")
+    _check_arguments(
+        lin, form, curvature, tolerance, num_samples=num_samples, max_steps=max_steps, max_iterations=max_iterations,
+        num_landmarks=1 if num_landmarks is None else num_landmarks,
+    )  # fmt: skip
     likelihood = prepare_likelihood(copy.deepcopy(likelihood), lin.num_outputs)
     batches = Batches.of(train_data, lin, likelihood, batch_size)
     batches.share()
@@ -180,10 +170,7 @@ def sampled_evidence(
     settings = Settings(
         num_samples, num_landmarks, solver_tolerance, max_iterations, parse_memory(max_memory), seed, curvature
     )
-    if form == "auto":
-        form = _cheaper_form(lin, total, noise, settings.max_memory)
-    if form == "weights" and noise is not None and _known_rows(noise):
-        raise ValueError("likelihood: known noise variances of single rows need form='dual'")
+    form = _chosen_form(form, lin, total, noise, settings.max_memory)
     options = {
         "likelihood": [type(likelihood).__qualname__, likelihood.state_dict()], "form": form, "tolerance": tolerance,
         "batch_size": batch_size, "groups": [list(lin.groups.names), lin.groups.index],
@@ -197,11 +184,7 @@ def sampled_evidence(
         if run.state is not None:
             batches.set_random_state(run.state["first_pass"])
         first_pass = batches.random_state()
-        probes: DualProbes | WeightProbes
-        if form == "dual":
-            probes = DualProbes(lin, *batches.collect(), noise, settings)
-        else:
-            probes = WeightProbes(lin, batches, total, noise, settings)
+        probes = _probes(form, lin, batches, total, noise, settings)
         ascent = _Ascent(probes, lin, noise, total * lin.num_outputs, progress)
         notes = ascent.run(tolerance, max_steps, run, batches, first_pass)
         errors, gamma_errors = ascent.errors()
@@ -211,6 +194,21 @@ def sampled_evidence(
     return ascent.result(form, notes, errors, gamma_errors, interval, time.perf_counter() - started)
 
 
+def _check_arguments(lin: LinearizedNetwork, form: str, curvature: str, tolerance: float, **counts: int) -> None:
+    """Refuse what cannot be used, by name."""
+    if not isinstance(lin, LinearizedNetwork):
+        raise TypeError(f"lin: expected a ntkgp.LinearizedNetwork, got {type(lin).__name__}")
+    for name, value, allowed in (
+        ("form", form, ("auto", "dual", "weights")), ("curvature", curvature, ("simple", "quadratic"))
+    ):  # fmt: skip
+        if value not in allowed:
+            raise ValueError(f"{name}: expected one of {allowed}, got {value!r}")
+    for name, number in counts.items():
+        check_count(number, name, 2 if name == "num_samples" else 1)
+    if not 0.0 < tolerance:
+        raise ValueError(f"tolerance: expected a positive number, got {tolerance!r}")
+
+
 def _known_rows(noise: NoiseModel) -> bool:
     """Whether rows have known variances of their own."""
     if noise.num_learned:
@@ -218,12 +216,25 @@ def _known_rows(noise: NoiseModel) -> bool:
     return bool((noise.fixed != noise.fixed[0]).any())
 
 
-def _cheaper_form(lin: LinearizedNetwork, total: int, noise: NoiseModel | None, max_memory: int) -> str:
+def _chosen_form(form: str, lin: LinearizedNetwork, total: int, noise: NoiseModel | None, max_memory: int) -> str:
     """Data space where the Gram fits, where there are fewer rows than weights, or where noise is known by rows."""
+    known = noise is not None and _known_rows(noise)
+    if form == "weights" and known:
+        raise ValueError("likelihood: known noise variances of single rows need form='dual'")
+    if form != "auto":
+        return form
     rows = total * lin.num_outputs
     fits = 8 * rows**2 * (3 + len(lin.groups) / 2) <= max_memory
-    known = noise is not None and _known_rows(noise)
     return "dual" if known or rows <= lin.num_parameters or (fits and rows <= 4 * lin.num_parameters) else "weights"
+
+
+def _probes(
+    form: str, lin: LinearizedNetwork, batches: Batches, total: int, noise: NoiseModel | None, settings: Settings
+) -> DualProbes | WeightProbes:
+    """The expectation step in data or in weight space."""
+    if form == "dual":
+        return DualProbes(lin, *batches.collect(), noise, settings)
+    return WeightProbes(lin, batches, total, noise, settings)
 
 
 class _Ascent:

@@ -11,13 +11,13 @@ from torch import Tensor
 from ntkgp.checkpoint import moved_to
 from ntkgp.evidence.blocks import apply_factor, apply_factor_transpose
 from ntkgp.evidence.newton import DualMode, NewtonSystem, dual_mode
-from ntkgp.evidence.objective import Evaluation, EvidenceObjective
+from ntkgp.evidence.objective import ClassificationObjective, Evaluation
 from ntkgp.evidence.problem import NoiseModel, SoftmaxEvidence
-from ntkgp.evidence.system import Solution, linear_system
+from ntkgp.evidence.system import linear_system
 from ntkgp.likelihoods import curvature_factor, log_likelihood, whitened_targets
 
 
-class SoftmaxObjective(EvidenceObjective):
+class SoftmaxObjective(ClassificationObjective):
     r"""Evidence of a classification at theta_star with the curvature H frozen at given logits.
 
     .. math:: M = \sum_n \log p(y_n | h_n) - \tfrac12 \|\theta_\star\|^2_\Lambda - \tfrac12 \log\det(I + S^\top
@@ -50,18 +50,9 @@ class SoftmaxObjective(EvidenceObjective):
         self.system = linear_system(problem.stack, self._whitened_targets(), noise, self.factor)
         self._last: DualMode | None = None
 
-    @property
-    def size(self) -> int:
-        """Rank of the curvature."""
-        return self.problem.max_dimension
-
     def _whitened_targets(self) -> Tensor | None:
         """Targets of the linear system: none, because theta_star is not a linear solve."""
         return None
-
-    def constant(self, solution: Solution) -> float:
-        """Log-determinant part of the evidence."""
-        return -0.5 * solution.logdet
 
     def dual_mode(self, x: Tensor, gram: Tensor | None = None) -> DualMode:
         """Solve for theta_star at x, warm-started from the previous evaluation; `gram` is K there, where it exists."""
@@ -95,22 +86,7 @@ class SoftmaxObjective(EvidenceObjective):
         gram = self._gram(x)
         curvature, star = self.solution(x, gram), self.dual_mode(x, gram)
         quadratic = self.problem.stack.quadratic(star.alpha) / precision
-        return Evaluation(
-            value=star.log_likelihood - 0.5 * float(quadratic.sum()) + self.constant(curvature),
-            pull=curvature.dimension,
-            push=quadratic.clamp_min(0.0),
-            effective_dimension=curvature.dimension,
-            squared_norms=(quadratic / precision).clamp_min(0.0),
-            sse=math.nan,
-            jitter=curvature.jitter,
-            rounding=curvature.rounding,
-            gap=star.gap,
-        )
-
-    @property
-    def refreezes(self) -> bool:
-        """Whether the curvature is to follow theta_star."""
-        return self.problem.variant == "full"
+        return self.at_star(curvature, star.log_likelihood, quadratic, quadratic / precision, star.gap)
 
     @property
     def curvature_point(self) -> Tensor:
@@ -167,20 +143,9 @@ class QuadraticObjective(SoftmaxObjective):
 
     def __call__(self, x: Tensor) -> Evaluation:
         """Evaluate the evidence at x."""
-        precision, _ = self.split(x)
-        found = self.solution(x)
         # The Gaussian density of the whitened targets has its own 2 pi, which the surrogate's constant offsets.
         normaliser = 0.5 * self._targets.numel() * math.log(2.0 * math.pi)
-        return Evaluation(
-            value=self._surrogate - normaliser + self.constant(found) - 0.5 * found.fit,
-            pull=found.dimension,
-            push=found.quadratic,
-            effective_dimension=found.dimension,
-            squared_norms=found.quadratic / precision,
-            sse=math.nan,
-            jitter=found.jitter,
-            rounding=found.rounding,
-        )
+        return self.of_expansion(x, self._surrogate - normaliser)
 
     def mode(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """Return alpha and S^T J (theta_star - theta_map); see the base class."""

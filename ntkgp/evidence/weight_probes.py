@@ -153,7 +153,8 @@ class WeightProbes:
                 errors[part] = (mask.mT @ missed).square().sum()
         if len(pick):
             self._own[index] = jacobian_rows(self.lin, rows.x[pick]), masks[pick]
-        traces = torch.einsum("gncc->g", self.lin.gram_diagonals(rows.x, max_memory=self.settings.max_memory))
+        budget = max(self.settings.max_memory, self.lin.diagonals_memory(len(rows.x)))
+        traces = torch.einsum("gncc->g", self.lin.gram_diagonals(rows.x, max_memory=budget))
         return torch.cat([*(part.flatten() for part in (*pulled, *moment)), traces, squares, errors])
 
     def _chosen(self) -> tuple[Tensor, Tensor]:

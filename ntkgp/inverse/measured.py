@@ -385,7 +385,7 @@ def _read(path: Path) -> dict[str, Any]:
 
 def _read_hdf5(path: Path) -> dict[str, Any]:
     """All arrays of an HDF5 file by their full names."""
-    h5py = optional("h5py", "h5py")
+    h5py = optional("h5py", "ntkgp[ct]")
     named: dict[str, Any] = {}
     with h5py.File(path, "r") as file:
         file.visititems(lambda name, item: named.update({name: item[()]}) if isinstance(item, h5py.Dataset) else None)

@@ -45,26 +45,19 @@ class MultioutputArithmetic(Kernel):
     num_outputs: int
 
     def __add__(self, other: Kernel) -> Kernel:
-        return self._combine(other, self, MultioutputSum, AdditiveKernel)
-
-    def __radd__(self, other: Kernel) -> Kernel:
-        return self._combine(other, other, MultioutputSum, AdditiveKernel)
+        return self._combine(other, MultioutputSum, AdditiveKernel)
 
     def __mul__(self, other: Kernel) -> Kernel:
-        return self._combine(other, self, MultioutputProduct, ProductKernel)
+        return self._combine(other, MultioutputProduct, ProductKernel)
 
-    def __rmul__(self, other: Kernel) -> Kernel:
-        return self._combine(other, other, MultioutputProduct, ProductKernel)
-
-    def _combine(self, other: Kernel, first: Kernel, cls: type[Kernel], stock: type[Kernel]) -> Kernel:
+    def _combine(self, other: Kernel, cls: type[Kernel], stock: type[Kernel]) -> Kernel:
         if not isinstance(other, Kernel):
             return NotImplemented
         if self.num_outputs == 1 and outputs_of(other) == 1:
             cls = stock
         lifted = self._lift(other, identical=stock is ProductKernel)
-        operands = (self, lifted) if first is self else (lifted, self)
         parts: list[Kernel] = []
-        for operand in operands:
+        for operand in (self, lifted):
             parts.extend(operand.kernels if isinstance(operand, stock) else [operand])
         return cls(*parts)
 

@@ -12,6 +12,7 @@ from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.func import functional_call, jvp, vjp, vmap
 from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -22,6 +23,7 @@ from torch.utils._pytree import tree_leaves
 logger = logging.getLogger("ntkgp")
 
 Weights = dict[str, Tensor]
+_EMBEDDING = inspect.signature(F.embedding)
 # Of one thread at a time: passes put hooks and weights into modules, and set what is global in torch.
 _ALONE = threading.RLock()
 
@@ -62,6 +64,21 @@ class _InDouble(TorchFunctionMode):
         result = func(*args, **(kwargs or {}))
         low = isinstance(result, Tensor) and result.dtype in (torch.float32, torch.float16, torch.bfloat16)
         return result.to(torch.float64) if low else result
+
+
+class _PaddingHeld(TorchFunctionMode):
+    """What an embedding reads as padding has no derivative in forward mode either; torch (2.13) gives it one."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        if func is not F.embedding:
+            return result
+        given = _EMBEDDING.bind(*args, **(kwargs or {})).arguments
+        padding = given.get("padding_idx")
+        if padding is None:
+            return result
+        padding %= len(given["weight"])
+        return torch.where((given["input"] == padding).unsqueeze(-1), result.detach(), result)
 
 
 def _wants_graph(tensors: Sequence[Tensor]) -> bool:
@@ -171,14 +188,18 @@ def _convention(module: nn.Module, tree: Any) -> str:
 
 
 class _ActivationCounter(TorchDispatchMode):
-    """Bytes of all intermediate results of a pass: an upper bound on what a backward pass keeps."""
+    """Bytes of all intermediate results of a pass: an upper bound on what a backward pass keeps.
+
+    :ivar pads: whether an embedding has a row for padding.
+    """
 
     def __init__(self) -> None:
         super().__init__()
-        self.bytes = 0
+        self.bytes, self.pads = 0, False
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = func(*args, **(kwargs or {}))
+        self.pads |= func is torch.ops.aten.embedding.default and len(args) > 2 and args[2] >= 0
         self.bytes += sum(t.numel() * t.element_size() for t in tree_leaves(result) if isinstance(t, Tensor))
         return result
 
@@ -213,6 +234,7 @@ class FrozenNetwork:
         self._modules: dict[torch.device, nn.Module] = {self.device: module}
         self._attributes = {id(module): _Attributes(module)}
         self._convention: str | None = None
+        self._pads = False
         # Each is switched off by `probe` where torch.func cannot do it, or does it wrongly, for this module.
         self.functional = self.forward_mode = self.vectorized = self.twice_differentiable = True
 
@@ -301,7 +323,8 @@ class FrozenNetwork:
         """J v -> (N, C), by forward mode, by differentiating u ↦ Jᵀu, or by the rows of J."""
         if self.functional and self.forward_mode:
             weights = self.weights(leaves[0].device)
-            return jvp(lambda w: self(w, leaves), (weights,), (tangent,))[1]
+            with _PaddingHeld() if self._pads else nullcontext():
+                return jvp(lambda w: self(w, leaves), (weights,), (tangent,))[1]
         if not self.twice_differentiable:
             rows = self.jacobian(leaves)
             return torch.stack([torch.tensordot(rows[n], tangent[n], tangent[n].ndim) for n in self.trainable]).sum(0)
@@ -365,6 +388,7 @@ class FrozenNetwork:
         """Bytes per row of everything one forward pass computes."""
         with _ActivationCounter() as counter, torch.no_grad():
             self.run(self.module(leaves[0].device), leaves)
+        self._pads = counter.pads
         return max(1, counter.bytes // leaves[0].shape[0])
 
     def probe(self, leaves: Sequence[Tensor]) -> None:

@@ -433,7 +433,11 @@ class LinearizedNetwork:
         r"""Per-group blocks :math:`J_g(x_n) J_g(x_n)^\top` at single inputs: shape (G, N, C, C).
 
         :param x2: inputs of the other side, row by row: :math:`J_g(x_n) J_g(x_{2,n})^\top`.
+        :param max_memory: budget for the result and everything held on the way; inputs are visited one at a time if
+            need be.
         :param dtype: of products and result.
+        :raises ValueError: a budget that cannot hold the result and one input; the message gives the smallest (see
+            :meth:`diagonals_memory`).
 
         Cost: the passes and, per layer and row, C²·O + I flops where it is applied once, else C²·O·I at most; no N × N
         block is formed. Differentiable with respect to inputs.
@@ -446,9 +450,26 @@ class LinearizedNetwork:
         c, n = self.num_outputs, len(left)
         if left.needs_graph or (right is not None and right.needs_graph):
             return products.stack(self.engine.pointwise_graph(left, right, dtype), (n, c, c), left.x, dtype)
+        budget, visited = (
+            parse_memory(max_memory),
+            left.factors is None or (right is not None and right.factors is None),
+        )
+        smallest = self.engine.diagonals_memory(n, 1 if right is None else 2, dtype) if visited else 0
+        if budget < smallest:
+            raise ValueError(
+                f"max_memory: {format_memory(budget)} cannot hold the blocks of {n} inputs and one input on the way; "
+                f"the smallest possible is {format_memory(smallest)}"
+            )
         out = torch.zeros(len(self.groups), n, c, c, dtype=dtype, device=left.x.device)
-        self.engine.pointwise(left, right, parse_memory(max_memory), out)
+        self.engine.pointwise(left, right, budget, out)
         return out
+
+    def diagonals_memory(self, num_rows: int, pairs: bool = False) -> int:
+        """Smallest budget of :meth:`gram_diagonals` for so many inputs, or pairs of them.
+
+        What can do no less calls it with ``max(budget, lin.diagonals_memory(n))``.
+        """
+        return self.engine.diagonals_memory(num_rows, 2 if pairs else 1)
 
     def __getstate__(self) -> dict[str, Any]:
         return {name: value for name, value in self.__dict__.items() if name != "engine"}

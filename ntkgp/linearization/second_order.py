@@ -23,9 +23,10 @@ def second_order(*inputs: Tensor) -> AbstractContextManager[Any]:
 
     torch's forward-mode and vmapped backward formulas of the fused layer and instance norm treat the saved mean and
     standard deviation as constants. Values are right, but derivatives of these values with respect to the inputs are
-    wrong by 20 to 200 %, without a warning (torch 2.13). Norms written out in elementary operations are right.
+    wrong by 20 to 200 %, without a warning (torch 2.13). Norms written out in elementary operations are right. Forward
+    mode of glu has no derivative at all.
     """
-    return _NormsByParts() if needs_graph(*inputs) else nullcontext()
+    return _ByParts() if needs_graph(*inputs) else nullcontext()
 
 
 def _standardize(x: Tensor, dims: tuple[int, ...], eps: float) -> Tensor:
@@ -64,15 +65,21 @@ def _instance_norm(
     return x if bias is None else x + bias.reshape(per_channel)
 
 
+def _glu(input: Tensor, dim: int = -1) -> Tensor:
+    left, right = input.chunk(2, dim)
+    return left * torch.sigmoid(right)
+
+
 _RULES: dict[Any, Callable[..., Tensor]] = {
+    F.glu: _glu,
     F.layer_norm: _layer_norm,
     torch.layer_norm: _layer_norm,
     F.instance_norm: _instance_norm,
 }
 
 
-class _NormsByParts(TorchFunctionMode):
-    """Layer and instance norms in elementary operations."""
+class _ByParts(TorchFunctionMode):
+    """Layer and instance norms, and glu, in elementary operations."""
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         return _RULES.get(func, func)(*args, **(kwargs or {}))

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 import torch
-from gpytorch.distributions import MultitaskMultivariateNormal, MultivariateNormal
+from gpytorch.distributions import MultivariateNormal
 from gpytorch.likelihoods import Likelihood
 from gpytorch.models import GP
 from linear_operator import to_linear_operator
@@ -13,6 +13,7 @@ from torch import Tensor
 
 from ntkgp.evidence.system import cholesky_with_jitter
 from ntkgp.models.noise import has_fixed_noise, learned_on_fixed
+from ntkgp.models.posterior import LatentMultitaskNormal, LatentNormal
 
 if TYPE_CHECKING:
     from ntkgp.models.exact import ExactNTKGP
@@ -147,8 +148,8 @@ class ConditionedNTKGP(Conditionable, GP):
         # As an operator it may be singular: repeated inputs, fewer parameters than inputs.
         posterior_covariance = to_linear_operator(0.5 * (posterior_covariance + posterior_covariance.mT))
         if c == 1:
-            return MultivariateNormal(posterior_mean, posterior_covariance)
-        return MultitaskMultivariateNormal(posterior_mean.unflatten(-1, (-1, c)), posterior_covariance)
+            return LatentNormal(posterior_mean, posterior_covariance)
+        return LatentMultitaskNormal(posterior_mean.unflatten(-1, (-1, c)), posterior_covariance)
 
     def _common(self, batch: torch.Size) -> torch.Size:
         return torch.broadcast_shapes(batch, self.batch_shape)

@@ -6,7 +6,7 @@ import os
 from typing import Any
 
 import torch
-from gpytorch.distributions import MultitaskMultivariateNormal, MultivariateNormal
+from gpytorch.distributions import MultivariateNormal
 from gpytorch.kernels import Kernel
 from gpytorch.likelihoods import Likelihood
 from linear_operator.operators import LinearOperator
@@ -16,6 +16,7 @@ from ntkgp.linearization import LinearizedNetwork
 from ntkgp.models.batches import packed_inputs
 from ntkgp.models.conditioned import Conditionable
 from ntkgp.models.noise import is_classification
+from ntkgp.models.posterior import LatentMultitaskNormal, LatentNormal
 
 MEANS = ("network", "posterior")
 
@@ -90,5 +91,5 @@ class NetworkGP(Conditionable):
         """Means (*batch, N), or (*batch, N, C), with interleaved covariances (*batch, N·C, N·C)."""
         c = self.num_outputs
         if c == 1:
-            return MultivariateNormal(mean.reshape(covariance.shape[:-1]), covariance)
-        return MultitaskMultivariateNormal(mean.reshape(*covariance.shape[:-2], -1, c), covariance)
+            return LatentNormal(mean.reshape(covariance.shape[:-1]), covariance)
+        return LatentMultitaskNormal(mean.reshape(*covariance.shape[:-2], -1, c), covariance)

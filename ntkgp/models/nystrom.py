@@ -10,7 +10,7 @@ import torch
 from gpytorch.distributions import MultivariateNormal
 from gpytorch.likelihoods import Likelihood
 from gpytorch.models import GP
-from linear_operator.operators import BlockDiagLinearOperator, RootLinearOperator, SumLinearOperator
+from linear_operator.operators import BlockDiagLinearOperator
 from torch import Tensor
 
 from ntkgp.checkpoint import Checkpoint, moved_to, running
@@ -35,38 +35,17 @@ from ntkgp.linearization.nystrom import EIGENVALUE_CUT, LandmarkFeatures
 from ntkgp.means import LinearizedMean, NetworkMean
 from ntkgp.models.batches import Batches
 from ntkgp.models.certified import Certified
+from ntkgp.models.early_stopping import EarlyStopping
 from ntkgp.models.landmarks import choose_landmarks
 from ntkgp.models.network_gp import NetworkGP
 from ntkgp.models.noise import prepare_likelihood
-from ntkgp.models.paths import FixedMean, FunctionSamples
-from ntkgp.models.posterior import without_rounding
+from ntkgp.models.paths import FixedMean, FunctionSamples, ShiftedMean
+from ntkgp.models.posterior import LowRankCovariance, ResidualCovariance, without_rounding
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
 OUTPUT_SELECTIONS = ("all", "random")
-
-
-class LowRankCovariance(RootLinearOperator):
-    """R Rᵀ, which knows the C × C blocks of single inputs."""
-
-    def point_blocks(self, num_outputs: int) -> Tensor:
-        """Covariances of single inputs, shape (*batch, T, C, C)."""
-        rows = self.root.to_dense()
-        rows = rows.unflatten(-2, (-1, num_outputs))
-        return rows @ rows.mT
-
-
-class ResidualCovariance(SumLinearOperator):
-    """R Rᵀ plus a matrix of C × C blocks at single inputs."""
-
-    def __init__(self, low_rank: LowRankCovariance, blocks: BlockDiagLinearOperator) -> None:
-        super().__init__(low_rank, blocks)
-        self.low_rank, self.blocks = self.linear_ops
-
-    def point_blocks(self, num_outputs: int) -> Tensor:
-        """Covariances of single inputs, shape (*batch, T, C, C)."""
-        return self.low_rank.point_blocks(num_outputs) + self.blocks.base_linear_op.to_dense()
 
 
 class NystromNTKGP(Certified, NetworkGP, GP):
@@ -229,7 +208,7 @@ class NystromNTKGP(Certified, NetworkGP, GP):
                     features = self._choose_features(batches)
             else:
                 features = restored_features(self.lin, run.state, self.max_memory)
-            search = None if validation is None else _EarlyStopping(self, features, batches, validation)
+            search = None if validation is None else EarlyStopping(self, features, batches, validation)
             after = None if search is None else search.every(search_frequency)
             if search is not None and run.state is not None:
                 search.set_state(run.state["search"])
@@ -375,7 +354,7 @@ class NystromNTKGP(Certified, NetworkGP, GP):
             mean: Callable[[Tensor], Tensor] = FixedMean(self._network_mean)
             if self.mean == "posterior":
                 shift = features.pull((model.basis @ model.mean * model.root).unsqueeze(0))
-                mean = _ShiftedMean(self.lin, self.mean_module, shift)
+                mean = ShiftedMean(self.lin, self.mean_module, shift)
         return FunctionSamples(self.lin, mean, weights)
 
     def _saved(self, training_data: bool) -> dict[str, Any]:
@@ -428,86 +407,5 @@ class NystromNTKGP(Certified, NetworkGP, GP):
         """Moves between devices; ``float()`` and ``half()`` change nothing, since all algebra is in float64."""
         state = self.get_extra_state()
         if state is not None:
-            self.set_extra_state(_moved(state, lambda tensor: tensor.to(fn(tensor).device)))
+            self.set_extra_state(moved_to(state, fn(self.kernel.precision.detach()).device))
         return super()._apply(lambda tensor: tensor.to(fn(tensor).device))
-
-
-def _moved(value: Any, move: Callable[[Tensor], Tensor]) -> Any:
-    """Every tensor of nested dicts and lists."""
-    if isinstance(value, Tensor):
-        return move(value)
-    if isinstance(value, dict):
-        return {name: _moved(item, move) for name, item in value.items()}
-    return [_moved(item, move) for item in value] if isinstance(value, list) else value
-
-
-class _ShiftedMean:
-    """m0(x) + J(x) θ⋆ with θ⋆ as weights."""
-
-    def __init__(self, lin: LinearizedNetwork, base: LinearizedMean, weights: Tensor) -> None:
-        self._lin, self._base, self._weights = lin, base, weights
-
-    def __call__(self, x: Tensor) -> Tensor:
-        """Evaluate at packed inputs, (N, D) -> (N, C)."""
-        return self._base(x).reshape(len(x), -1) + self._lin.jvp(x, self._weights[0]).to(torch.float64)
-
-
-class _EarlyStopping:
-    """Looks at validation data during a pass and keeps the best sums."""
-
-    def __init__(self, model: NystromNTKGP, features: LandmarkFeatures, batches: Batches, validation: Batches) -> None:
-        self._model, self._features, self._total = model, features, batches.num_data
-        self._x, self._y = validation.collect()
-        self._psi = features.visit(self._x, diagonals=False)[0].flatten(0, 1)
-        self._found: tuple[float, StreamStatistics, float] | None = None
-        self._next = 0
-
-    def state(self) -> dict[str, Any]:
-        """As tensors and plain values."""
-        best = None
-        if self._found is not None:
-            loss, statistics, scale = self._found
-            best = {"loss": loss, "statistics": dict(statistics.__dict__), "scale": scale}
-        return {"next": self._next, "best": best}
-
-    def set_state(self, state: dict[str, Any]) -> None:
-        """Inverse of :meth:`state`."""
-        self._next, best = state["next"], state["best"]
-        if best is not None:
-            statistics = moved_to(best["statistics"], self._features.landmarks.device)
-            self._found = best["loss"], StreamStatistics(**statistics), best["scale"]
-
-    def every(self, rows: int) -> Callable[[StreamStatistics], bool]:
-        """A callback that looks whenever so many more rows were seen."""
-        if rows < 1:
-            raise ValueError(f"search_frequency: expected a positive number, got {rows}")
-        self._next = rows
-
-        def look(statistics: StreamStatistics) -> bool:
-            if statistics.num_data >= self._next and statistics.num_data < self._total:
-                self._next = statistics.num_data + rows
-                self._look(statistics)
-            return False
-
-        return look
-
-    def _look(self, statistics: StreamStatistics) -> None:
-        model, scale = self._model, statistics.num_data / self._total
-        noise = current_noise(model.likelihood, model.num_outputs, statistics).values
-        noise = noise if noise.numel() else torch.ones_like(statistics.counts)
-        with torch.no_grad():
-            precision = model.kernel.precision.detach() * scale
-            found = Collapsed(statistics.sums(), self._features.group, self._features.stacked, precision, noise)
-            phi = found.features(self._psi)
-            latent = model._distribution(
-                model._reported(self._x, phi, found), LowRankCovariance(found.covariance_root(phi))
-            )
-            loss = -float(model.likelihood.log_marginal(self._y, latent).mean())
-        if self._found is None or loss < self._found[0]:
-            self._found = loss, statistics.clone(), scale
-
-    def best(self, statistics: StreamStatistics) -> tuple[StreamStatistics, float]:
-        """The best sums and their share of the data."""
-        self._look(statistics)
-        assert self._found is not None
-        return self._found[1], self._found[2]

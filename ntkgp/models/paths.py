@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ntkgp.linearization import LinearizedNetwork
 from ntkgp.linearization.grams import Factors
-from ntkgp.means import NetworkMean
+from ntkgp.means import LinearizedMean, NetworkMean
 
 
 @dataclass(frozen=True)
@@ -34,6 +34,17 @@ class FixedMean:
             return value
         source, variance, alpha = self.dual
         return value + (self.module.lin.weighted_gram(x, source, variance, self.max_memory) @ alpha).reshape_as(value)
+
+
+class ShiftedMean:
+    """m0(x) + J(x) θ⋆ with θ⋆ as weights."""
+
+    def __init__(self, lin: LinearizedNetwork, base: LinearizedMean, weights: Tensor) -> None:
+        self._lin, self._base, self._weights = lin, base, weights
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """Evaluate at packed inputs, (N, D) -> (N, C)."""
+        return self._base(x).reshape(len(x), -1) + self._lin.jvp(x, self._weights[0]).to(torch.float64)
 
 
 class FunctionSamples:

@@ -1,12 +1,36 @@
-"""The posterior covariance as a linear operator."""
+"""Posterior distributions, and their covariances as linear operators."""
 
 from __future__ import annotations
 
 import torch
+from gpytorch.distributions import MultitaskMultivariateNormal, MultivariateNormal
 from gpytorch.lazy import LazyEvaluatedKernelTensor
 from linear_operator import to_linear_operator
-from linear_operator.operators import LinearOperator, MatmulLinearOperator, SumLinearOperator
+from linear_operator.operators import (
+    BlockDiagLinearOperator,
+    LinearOperator,
+    MatmulLinearOperator,
+    RootLinearOperator,
+    SumLinearOperator,
+)
 from torch import Tensor
+
+# The square root of a variance has a derivative, and its logarithm is finite.
+LEAST_VARIANCE = 1e-30
+
+
+class LatentNormal(MultivariateNormal):
+    """GPyTorch's distribution with variances as they are: its own are raised to 1e-10, whatever the units."""
+
+    @property
+    def variance(self) -> Tensor:
+        """Variances (*batch, N)."""
+        diagonal = self.lazy_covariance_matrix.diagonal(dim1=-1, dim2=-2)
+        return diagonal.expand(self._batch_shape + self._event_shape).clamp_min(LEAST_VARIANCE)
+
+
+class LatentMultitaskNormal(MultitaskMultivariateNormal, LatentNormal):
+    """The same for several outputs per input."""
 
 
 class PosteriorCovariance(SumLinearOperator):
@@ -45,6 +69,28 @@ class PosteriorCovariance(SumLinearOperator):
             blocks = dense.reshape(*dense.shape[:-2], points, num_outputs, points, num_outputs)
             blocks = torch.diagonal(blocks, dim1=-4, dim2=-2).movedim(-1, -3)
         return blocks - rows @ rows.mT
+
+
+class LowRankCovariance(RootLinearOperator):
+    """R Rᵀ, which knows the C × C blocks of single inputs."""
+
+    def point_blocks(self, num_outputs: int) -> Tensor:
+        """Covariances of single inputs, shape (*batch, T, C, C)."""
+        rows = self.root.to_dense()
+        rows = rows.unflatten(-2, (-1, num_outputs))
+        return rows @ rows.mT
+
+
+class ResidualCovariance(SumLinearOperator):
+    """R Rᵀ plus a matrix of C × C blocks at single inputs."""
+
+    def __init__(self, low_rank: LowRankCovariance, blocks: BlockDiagLinearOperator) -> None:
+        super().__init__(low_rank, blocks)
+        self.low_rank, self.blocks = self.linear_ops
+
+    def point_blocks(self, num_outputs: int) -> Tensor:
+        """Covariances of single inputs, shape (*batch, T, C, C)."""
+        return self.low_rank.point_blocks(num_outputs) + self.blocks.base_linear_op.to_dense()
 
 
 def without_rounding(blocks: Tensor) -> Tensor:

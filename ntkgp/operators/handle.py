@@ -110,4 +110,5 @@ def same(a: Tensor, b: Tensor) -> bool:
 def point_grams(handle: NetworkHandle, x1: Tensor, x2: Tensor) -> Tensor:
     r"""Blocks :math:`J_g(x_{1,n}) J_g(x_{2,n})^\top` of each group, (G, N, C, C) in float64; differentiable in x."""
     one = x1 is x2 or (not needs_graph(x1, x2) and same(x1, x2))
-    return handle.lin.gram_diagonals(x1, None if one else x2, handle.max_memory)
+    budget = max(handle.max_memory, handle.lin.diagonals_memory(len(x1), not one))
+    return handle.lin.gram_diagonals(x1, None if one else x2, budget)

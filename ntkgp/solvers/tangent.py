@@ -94,7 +94,8 @@ class TangentGram:
     def blocks(self, variance: Tensor) -> Tensor:
         """K(x_n, x_n), shape (N, C, C), float64."""
         if self._blocks is None:
-            self._blocks = self.lin.gram_diagonals(self.x, max_memory=self.max_memory)
+            budget = max(self.max_memory, self.lin.diagonals_memory(len(self.x)))
+            self._blocks = self.lin.gram_diagonals(self.x, max_memory=budget)
         return torch.einsum("g,gncd->ncd", variance.detach().to(self._blocks), self._blocks)
 
     def traces(self) -> Tensor:

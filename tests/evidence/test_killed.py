@@ -25,8 +25,8 @@ class Killed(BaseException):
     """In the place of a SIGKILL: nothing that runs may catch it."""
 
 
-def kill_after(monkeypatch, offers):
-    """End the process, so to say, at an offer; `offers` None lets it live."""
+def killed(monkeypatch, offers, run):
+    """Run until the process is ended, so to say, at an offer."""
     from ntkgp.checkpoint import Run
 
     left, offer = [offers], Run.offer
@@ -38,7 +38,10 @@ def kill_after(monkeypatch, offers):
             raise Killed
         return found
 
-    monkeypatch.setattr(Run, "offer", counting)
+    with monkeypatch.context() as patch:
+        patch.setattr(Run, "offer", counting)
+        with pytest.raises(Killed):
+            run()
 
 
 @pytest.mark.timeout(600)
@@ -62,10 +65,7 @@ def test_wherever_a_fit_is_killed_it_goes_on_as_if_nothing_had_happened(case, tm
     run = getattr(cases, case)
     whole = run(None)
     for offers in (1, 4, 7):
-        with monkeypatch.context() as patch:
-            kill_after(patch, offers)
-            with pytest.raises(Killed):
-                run(tmp_path)
+        killed(monkeypatch, offers, lambda: run(tmp_path))
     assert differences(whole, run(tmp_path)) == []
     # A run that is finished is not repeated, and says the same again.
     states = Checkpoint(tmp_path).files()
@@ -75,6 +75,17 @@ def test_wherever_a_fit_is_killed_it_goes_on_as_if_nothing_had_happened(case, tm
             assert differences(whole, run(tmp_path)) == []
     assert differences(whole, run(tmp_path)) == []
     assert len(Checkpoint(tmp_path).files()) == len(states) <= 2
+
+
+@pytest.mark.parametrize("stage", ["collapsed", "minibatches"])
+def test_inducing_inputs_go_on_where_they_were(stage, tmp_path, monkeypatch):
+    """Beyond the evidence fit that comes first, which has a checkpoint of its own."""
+    run = getattr(cases, f"variational_{stage}")
+    whole = run(None)
+    for offers in (30, 3):
+        killed(monkeypatch, offers, lambda: run(tmp_path))
+        assert torch.load(Checkpoint(tmp_path).files()[-1], weights_only=True)["state"]["stage"] == stage
+    assert differences(whole, run(tmp_path)) == []
 
 
 def test_a_fit_is_refused_the_checkpoint_of_another_by_name(tmp_path):
@@ -163,10 +174,7 @@ def test_a_model_of_ones_own_has_checkpoints_too(tmp_path, monkeypatch):
 
     whole = ntkgp.fit_evidence(Line(2.0))
     checkpoint = Checkpoint(tmp_path, every=0)
-    with monkeypatch.context() as patch:
-        kill_after(patch, 3)
-        with pytest.raises(Killed):
-            ntkgp.fit_evidence(Line(2.0), checkpoint=checkpoint)
+    killed(monkeypatch, 3, lambda: ntkgp.fit_evidence(Line(2.0), checkpoint=checkpoint))
     found = ntkgp.fit_evidence(Line(2.0), checkpoint=checkpoint)
     assert differences(cases.report_of(whole), cases.report_of(found)) == []
     with pytest.raises(CheckpointMismatch, match="different: data"):
@@ -193,10 +201,7 @@ def test_a_killed_pass_over_a_shuffling_loader_counts_no_row_twice(generator, tm
             )  # fmt: skip
 
     whole, checkpoint = run(), Checkpoint(tmp_path, every=0)
-    with monkeypatch.context() as patch:
-        kill_after(patch, 3)
-        with pytest.raises(Killed):
-            run(checkpoint)
+    killed(monkeypatch, 3, lambda: run(checkpoint))
     # Another process has another random state.
     found = run(checkpoint, seed=5)
     assert found.statistics.num_data == 40
@@ -216,10 +221,7 @@ def test_a_killed_sampled_fit_over_a_shuffling_loader(tmp_path, monkeypatch):
             )  # fmt: skip
 
     whole, checkpoint = run(), Checkpoint(tmp_path, every=0)
-    with monkeypatch.context() as patch:
-        kill_after(patch, 3)
-        with pytest.raises(Killed):
-            run(checkpoint)
+    killed(monkeypatch, 3, lambda: run(checkpoint))
     found = run(checkpoint, seed=5)
     names = ("precision", "noise", "samples", "theta_star", "log_precision_error")
     assert [name for name in names if not torch.equal(getattr(whole, name), getattr(found, name))] == []
@@ -238,10 +240,7 @@ def test_a_killed_nystrom_fit(validated, tmp_path, monkeypatch):
         return model.fit(validation=validation, search_frequency=10, progress=False, checkpoint=checkpoint)
 
     whole, checkpoint = run(), Checkpoint(tmp_path, every=0)
-    with monkeypatch.context() as patch:
-        kill_after(patch, 5)
-        with pytest.raises(Killed):
-            run(checkpoint)
+    killed(monkeypatch, 5, lambda: run(checkpoint))
     found = run(checkpoint)
     assert differences(vars(whole.statistics), vars(found.statistics)) == []
     assert whole._prior_scale == found._prior_scale

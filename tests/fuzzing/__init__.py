@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import functools
 import random
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
+from tests.fuzzing import streams  # noqa: F401 -- registers its calls
 from tests.fuzzing.calls import CALLS
 from tests.fuzzing.hostile import HOSTILE
 from tests.fuzzing.networks import draw
@@ -24,6 +25,7 @@ class Outcome:
     """What became of one case.
 
     :ivar kind: "equal" (or refused as it must be), "refused" (a clear error) or "find".
+    :ivar error: what was raised, for its traceback.
     """
 
     number: int
@@ -31,6 +33,7 @@ class Outcome:
     kind: str
     text: str = ""
     network: str = ""
+    error: Exception | None = field(default=None, repr=False, compare=False)
 
 
 @functools.lru_cache(8)
@@ -50,9 +53,9 @@ def run(number: int, call: str | None = None) -> Outcome:
         with untouched(problem.case.net):
             (CALLS | HOSTILE)[chosen](problem, rng)
     except Find as find:
-        return Outcome(number, chosen, "find", str(find), text)
+        return Outcome(number, chosen, "find", str(find), text, find)
     except Exception as error:
         kind = "refused" if is_clear(error) else "find"
         said = " ".join(str(error).split())[:300]
-        return Outcome(number, chosen, kind, f"{type(error).__name__} at {where(error)}: {said}", text)
+        return Outcome(number, chosen, kind, f"{type(error).__name__} at {where(error)}: {said}", text, error)
     return Outcome(number, chosen, "equal", network=text)

@@ -144,8 +144,15 @@ def groups_verify(p: Problem, rng: random.Random) -> None:
     error = p.lin.groups.verify(x)
     require(error.shape == (len(p.lin.groups),), "verify: shape")
     require(bool(torch.isfinite(error).all()), "verify: not finite")
+    layers = list(p.case.net.modules())
+    # Two normalised features are signs; where they agree in all rows, BatchNorm divides rounding by rounding.
+    signs = any(isinstance(m, torch.nn.LayerNorm) and m.normalized_shape == (2,) for m in layers)
+    signs = signs and any(isinstance(m, torch.nn.modules.batchnorm._BatchNorm) for m in layers)
     for name, flag, value in zip(p.lin.groups.names, p.lin.groups.is_normalized, error.tolist(), strict=True):
-        require(not flag or value < 1e-6, f"verify: group {name!r} is marked as normalised, Euler's error {value:.1e}")
+        require(
+            not flag or signs or value < 1e-6,
+            f"verify: group {name!r} is marked as normalised, Euler's error {value:.1e}",
+        )
     require(bool(repr(p.lin.groups)) and bool(repr(p.lin)), "repr")
 
 
@@ -194,12 +201,11 @@ def means(p: Problem, rng: random.Random) -> None:
 @call
 def nystrom_kernel(p: Problem, rng: random.Random) -> None:
     kernel = ntkgp.kernels.NystromKernel(p.lin, p.x_test, precision=p.precision).double()
-    expected = nys.Nystrom(p.j_test, p.entries)
-    x = p.lin.pack(p.x).double()
-    # Directions at the edge of the cut are in one of the two and not in the other.
-    low, high = (float(torch.linalg.eigvalsh(expected.gram(p.j) - f * p.k).max()) for f in (1, 0))
+    x, z = p.lin.pack(p.x).double(), p.lin.pack(p.x_test).double()
+    # Directions of small eigenvalues are cut at 1e-10.
+    at_landmarks = ref.gram(p.j_test, p.entries)
+    p.close("K̂ at the landmarks", kernel(z).to_dense().detach(), at_landmarks, factor=100 * max(1, 1e-9 / p.rounding))
     came = kernel(x).to_dense().detach()
-    require(low <= 1e-8 * max(high, 1e-30), "oracle")
     over = float(torch.linalg.eigvalsh(came - p.k).max())
     require(over <= p.rounding * float(p.k.abs().max()) * len(p.k), f"K̂ is not below K: {over:.1e}")
 
@@ -259,7 +265,7 @@ def evidence_of(p: Problem, precision: Tensor, noise: float) -> float:
 @call
 def evidence_regression(p: Problem, rng: random.Random) -> None:
     """The reported evidence is that of the reported hyper-parameters, and no neighbour has a larger one."""
-    if p.case.dtype != DOUBLE or p.lin.groups.index.unique().numel() > 8:
+    if p.case.dtype != DOUBLE or p.has_idle_groups or p.lin.groups.index.unique().numel() > 8:
         return
     at = rng.choice(["theta_star", "theta_star", "theta_map"])
     model = exact(p, form=rng.choice(["dual", "primal"]))
@@ -286,7 +292,7 @@ def evidence_regression(p: Problem, rng: random.Random) -> None:
 
 @call
 def evidence_classification(p: Problem, rng: random.Random) -> None:
-    if p.case.dtype != DOUBLE:
+    if p.case.dtype != DOUBLE or p.has_idle_groups:
         return
     model = ntkgp.ExactNTKGP(p.x, p.labels, p.categorical(), p.lin, form=rng.choice(["dual", "primal"])).eval()
     report = ntkgp.fit_evidence(model, curvature=rng.choice(["simple", "simple", "quadratic", "full"]))
@@ -326,7 +332,9 @@ def samples(p: Problem, rng: random.Random) -> None:
     require(torch.equal(*again), "draws: not reproducible")
     values, vectors = torch.linalg.eigh(p.posterior)
     keep = values > 1e-4 * values.max().clamp_min(1e-30)
-    if not bool(keep.any()) or float(values.max()) < 1e-10 * prior_scale(p):
+    # A float32 network whose own Jacobian is off by percents, enlarged by the condition, has no covariance to meet.
+    rough = p.rounding * p.condition > 0.1
+    if rough or not bool(keep.any()) or float(values.max()) < 1e-10 * prior_scale(p):
         return
     white = (draws - p.f_test.flatten()) @ vectors[:, keep] / values[keep].sqrt()
     freedom = white.numel()
@@ -378,16 +386,18 @@ def nystrom_regression(p: Problem, rng: random.Random) -> None:
         for t in range(p.sizes[1]):
             block = slice(t * p.c, (t + 1) * p.c)
             expected[block, block] += left[block, block]
-    # Directions of small eigenvalues are cut at 1e-10 here and at 1e-13 there.
     allowed = max(p.rounding * p.condition, 1e-5 * p.condition if p.case.dtype == DOUBLE else 0.02 * p.condition)
-    p.close("covariance", came, expected, factor=allowed / p.rounding, scale=prior_scale(p))
+    # Directions of small eigenvalues are cut at 1e-10 here and at 1e-13 there; at x_test they may be large.
+    less, more = (nys.Nystrom(p.j, p.entries, cut).gram(p.j_test).diagonal() for cut in (1e-7, 1e-14))
+    if residual or float((more - less).max()) <= 0.1 * allowed * prior_scale(p):
+        p.close("covariance", came, expected, factor=allowed / p.rounding, scale=prior_scale(p))
     no_negative("covariance", came, prior_scale(p))
 
 
 @call
 def nystrom_evidence(p: Problem, rng: random.Random) -> None:
     """C11: with all data as landmarks the bound is the evidence; the report's interval holds it anyway."""
-    if p.case.dtype != DOUBLE:
+    if p.case.dtype != DOUBLE or p.has_idle_groups:
         return
     found = one_pass(p.lin, as_data(p, p.y, rng), p.gaussian(), num_landmarks=rng.choice([1, 2, 100]))
     report = ntkgp.fit_evidence(found)
@@ -481,15 +491,15 @@ def saving(p: Problem, rng: random.Random) -> None:
             model.save(path)
         again = ntkgp.load(path, p.case.net)
     one, two = (m(p.x_test).covariance_matrix for m in (model, again))
-    require(torch.equal(one, two), f"{form}: loaded covariance differs")
+    p.same(f"{form}: loaded covariance", two, one, again.lin)
 
 
 @call
 def copies(p: Problem, rng: random.Random) -> None:
     model = exact(p)
     first = model(p.x_test).variance
-    require(torch.equal(copy.deepcopy(model)(p.x_test).variance, first), "a copy predicts otherwise")
-    require(torch.equal(model(p.x_test).variance, first), "a second prediction differs")
+    p.same("a copy's variance", copy.deepcopy(model)(p.x_test).variance, first)
+    p.same("the variance when asked again", model(p.x_test).variance, first)
 
 
 # --- comparators

@@ -121,6 +121,10 @@ def bad_vectors(p: Problem) -> Iterator[Attempt]:
         yield f"weighted_gram variance {what}", ("variance",), lambda w=w: lin.weighted_gram(p.x, None, w)
     for memory in (1, 0, -5, "1 B", "lots", None):
         yield f"grams max_memory {memory!r}", ("max_memory",), lambda m=memory: lin.grams(p.x, max_memory=m)
+        yield (
+            f"diagonals max_memory {memory!r}", ("max_memory",),
+            lambda m=memory: lin.gram_diagonals(p.x, max_memory=m),
+        )  # fmt: skip
         yield f"factors max_memory {memory!r}", ("max_memory",), lambda m=memory: lin.factors(p.x, max_memory=m)
         yield (
             f"symmetric_grams max_memory {memory!r}", ("max_memory",),
@@ -173,18 +177,9 @@ def bad_targets(p: Problem) -> Iterator[Attempt]:
         yield f"one_pass data {what}", names, lambda d=data: one_pass(p.lin, d, p.gaussian())
 
 
-@hostile
-def bad_options(p: Problem) -> Iterator[Attempt]:
+def _bad_precisions(p: Problem) -> Iterator[Attempt]:
+    """What is no precision, and no noise."""
     lin, net, data = p.lin, p.case.net, (p.x, p.y)
-    yield "lin", ("lin",), lambda: ntkgp.ExactNTKGP(p.x, p.y, p.gaussian(), net)
-    yield "likelihood None", ("likelihood",), lambda: ntkgp.ExactNTKGP(p.x, p.y, None, lin)
-    student = gpytorch.likelihoods.StudentTLikelihood()
-    yield "likelihood Student", ("likelihood",), lambda: ntkgp.ExactNTKGP(p.x, p.y, student, lin)
-    other = ntkgp.CategoricalLikelihood(num_classes=p.c + 1)
-    yield "likelihood classes", ("likelihood",), lambda: ntkgp.ExactNTKGP(p.x, p.labels, other, lin)
-    yield "mean", ("mean",), lambda: ntkgp.ExactNTKGP(p.x, p.y, p.gaussian(), lin, mean="map")
-    yield "form", ("form",), lambda: ntkgp.ExactNTKGP(p.x, p.y, p.gaussian(), lin, form="both")
-    yield "memory", ("max_memory",), lambda: ntkgp.ExactNTKGP(p.x, p.y, p.gaussian(), lin, form="primal", max_memory=9)
     for bad in (0, -1.0, math.nan, math.inf, "one", None, torch.ones(97), torch.zeros(1)):
 
         def set_precision(bad: Any = bad) -> None:
@@ -210,6 +205,11 @@ def bad_options(p: Problem) -> Iterator[Attempt]:
             )  # fmt: skip
             if not (isinstance(bad, Tensor) and len(bad) > 1):
                 yield f"laplace noise {bad!r}", ("noise",), lambda b=bad: baselines.Laplace(net, noise=b).fit(data)
+
+
+def _bad_counts(p: Problem) -> Iterator[Attempt]:
+    """What is no number of anything."""
+    lin, data = p.lin, (p.x, p.y)
     for number in (0, -1, 1.5, "two", True):
         yield (
             f"num_landmarks {number!r}", ("num_landmarks",),
@@ -239,6 +239,22 @@ def bad_options(p: Problem) -> Iterator[Attempt]:
             f"max_iterations {number!r}", ("max_iterations",),
             lambda b=number: _bounds(p, max_iterations=b) if b != 0 else _bounds(p, max_iterations=-2),
         )  # fmt: skip
+
+
+@hostile
+def bad_options(p: Problem) -> Iterator[Attempt]:
+    lin, net, data = p.lin, p.case.net, (p.x, p.y)
+    yield "lin", ("lin",), lambda: ntkgp.ExactNTKGP(p.x, p.y, p.gaussian(), net)
+    yield "likelihood None", ("likelihood",), lambda: ntkgp.ExactNTKGP(p.x, p.y, None, lin)
+    student = gpytorch.likelihoods.StudentTLikelihood()
+    yield "likelihood Student", ("likelihood",), lambda: ntkgp.ExactNTKGP(p.x, p.y, student, lin)
+    other = ntkgp.CategoricalLikelihood(num_classes=p.c + 1)
+    yield "likelihood classes", ("likelihood",), lambda: ntkgp.ExactNTKGP(p.x, p.labels, other, lin)
+    yield "mean", ("mean",), lambda: ntkgp.ExactNTKGP(p.x, p.y, p.gaussian(), lin, mean="map")
+    yield "form", ("form",), lambda: ntkgp.ExactNTKGP(p.x, p.y, p.gaussian(), lin, form="both")
+    yield "memory", ("max_memory",), lambda: ntkgp.ExactNTKGP(p.x, p.y, p.gaussian(), lin, form="primal", max_memory=9)
+    yield from _bad_precisions(p)
+    yield from _bad_counts(p)
     named = {"landmarks": "best"}
     best = lambda: ntkgp.NystromNTKGP(data, p.gaussian(), lin, **named).fit(progress=False)  # noqa: E731
     yield "landmarks", ("landmark",), best

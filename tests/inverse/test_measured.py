@@ -373,7 +373,7 @@ def test_bad_water_and_no_pydicom(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_hdf5_without_h5py(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "h5py", None)
     (tmp_path / "scan.h5").write_bytes(b"\x89HDF\r\n\x1a\n")
-    with pytest.raises(ImportError, match=r"h5py: .*; it comes with `pip install h5py`"):
+    with pytest.raises(ImportError, match=r"h5py: .*; it comes with `pip install ntkgp\[ct\]`"):
         load_sinogram(tmp_path / "scan.h5", (8, 8))
 
 

@@ -153,6 +153,10 @@ def complex_targets() -> None:
     ntkgp.from_network(network(), (inputs(4), inputs(4).to(torch.complex128)))
 
 
+def one_byte_of_diagonals() -> None:
+    ntkgp.LinearizedNetwork(network(), inputs(4)).gram_diagonals(inputs(4), max_memory=1)
+
+
 def an_output_that_is_none() -> None:
     ntkgp.LinearizedNetwork(network(), inputs(4)).factors(inputs(2), outputs=torch.tensor([0, 3]))
 
@@ -193,8 +197,27 @@ def fitted(**options: object) -> None:
     ntkgp.fit_evidence(ntkgp.ExactNTKGP(inputs(4), torch.sin(inputs(4)), likelihood, lin), **options)  # type: ignore[arg-type]
 
 
+class Tripled(torch.autograd.Function):
+    """What torch.func cannot take apart."""
+
+    @staticmethod
+    def forward(ctx: object, x: Tensor) -> Tensor:
+        return 3 * x
+
+    @staticmethod
+    def backward(ctx: object, gradient: Tensor) -> Tensor:
+        return 3 * gradient
+
+
+class Opaque(nn.Module):
+    """A layer of its own kind."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return Tripled.apply(x)
+
+
 def without_a_second_derivative() -> None:
-    net = nn.Sequential(nn.Linear(3, 4), nn.GLU(), nn.Linear(2, 1)).double()
+    net = nn.Sequential(nn.Linear(3, 4), Opaque(), nn.Tanh(), nn.Linear(4, 1)).double()
     ntkgp.baselines.HessianFreeLaplace(net, model="tangent", noise=0.1).fit((inputs(4), inputs(4)[:, :1]))
 
 
@@ -202,6 +225,7 @@ def without_a_second_derivative() -> None:
     ("call", "kind", "words"),
     [
         (complex_targets, TypeError, "train_data: expected targets that are real"),
+        (one_byte_of_diagonals, ValueError, "max_memory: 1 B cannot hold .* smallest possible is"),
         (an_output_that_is_none, ValueError, "outputs: expected indices from 0 to 2"),
         (complex_vector, TypeError, "v: expected real numbers"),
         (an_example_of_another_kind, ValueError, "example: the network does not run on it"),

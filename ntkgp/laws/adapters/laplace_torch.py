@@ -160,7 +160,15 @@ class _Parametric(_Laplace):
         return self
 
 
-class _Functional(_Laplace):
+class _InFunctionSpace(_Laplace):
+    """What is drawn at all inputs jointly."""
+
+    def samples(self, x: Tensor, size: int, generator: torch.Generator) -> Tensor:
+        """``functional_samples`` with ``joint=True``."""
+        return self.la.functional_samples(x, n_samples=size, generator=generator, joint=True).detach()
+
+
+class _Functional(_InFunctionSpace):
     """Functional Laplace on all data or on a subset."""
 
     def _build(self) -> Any:
@@ -181,12 +189,8 @@ class _Functional(_Laplace):
         self.la.optimize_prior_precision(method="marglik", n_steps=self.steps)
         return Optimum(self.la.prior_precision.detach().double().reshape(1), None, "theta_star")
 
-    def samples(self, x: Tensor, size: int, generator: torch.Generator) -> Tensor:
-        """``functional_samples`` with ``joint=True``."""
-        return self.la.functional_samples(x, n_samples=size, generator=generator, joint=True).detach()
 
-
-class _Ella(_Laplace):
+class _Ella(_InFunctionSpace):
     """ELLA with all data as landmarks and as many features."""
 
     def _build(self) -> Any:
@@ -198,12 +202,8 @@ class _Ella(_Laplace):
             n_eigenvalues=n, **self._common(single=True),
         )  # fmt: skip
 
-    def samples(self, x: Tensor, size: int, generator: torch.Generator) -> Tensor:
-        """``functional_samples`` with ``joint=True``."""
-        return self.la.functional_samples(x, n_samples=size, generator=generator, joint=True).detach()
 
-
-class _Valla(_Laplace):
+class _Valla(_InFunctionSpace):
     """VaLLA with an inducing point for each output of all data, and the ELBO as its objective."""
 
     def _build(self) -> Any:
@@ -222,7 +222,3 @@ class _Valla(_Laplace):
         """As learned."""
         noise = self.task.noise if self.task.classify else float(self.la.sigma_noise.detach()) ** 2
         return self.la.prior_precision.detach().double().reshape(1), noise
-
-    def samples(self, x: Tensor, size: int, generator: torch.Generator) -> Tensor:
-        """``functional_samples`` with ``joint=True``."""
-        return self.la.functional_samples(x, n_samples=size, generator=generator, joint=True).detach()

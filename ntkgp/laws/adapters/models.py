@@ -84,6 +84,10 @@ class _Model(Fitted):
         """Of the likelihood, by probit."""
         return self.model.likelihood(self.model(x)).probs.detach()
 
+    def samples(self, x: Tensor, size: int, generator: torch.Generator) -> Tensor:
+        """``sample_functions``."""
+        return self.model.sample_functions(size, generator)(x).detach().reshape(size, len(x), -1)
+
 
 class _Exact(_Model):
     """``ExactNTKGP``."""
@@ -124,10 +128,6 @@ class _Exact(_Model):
         report = ntkgp.fit_evidence(self._build("network"), at=at)
         return Optimum(report.precision, None if self.task.classify else float(report.noise), at)
 
-    def samples(self, x: Tensor, size: int, generator: torch.Generator) -> Tensor:
-        """``sample_functions``."""
-        return self.model.sample_functions(size, generator)(x).detach().reshape(size, len(x), -1)
-
     def update(self, x: Tensor, y: Tensor) -> Fitted:
         """``get_fantasy_model``."""
         grown = object.__new__(_Exact)
@@ -157,7 +157,3 @@ class _Sparse(_Model):
         """As the model has them now."""
         noise = self.task.noise if self.task.classify else float(self.model.likelihood.noise)
         return self.model.kernel.precision.detach(), noise
-
-    def samples(self, x: Tensor, size: int, generator: torch.Generator) -> Tensor:
-        """``sample_functions``."""
-        return self.model.sample_functions(size, generator)(x).detach().reshape(size, len(x), -1)

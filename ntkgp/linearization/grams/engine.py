@@ -41,6 +41,8 @@ _LEAST_WORKSPACE = 2**16
 _MOST_WORKSPACE = 2**25
 # Blocks at single inputs are summed while their factors are still in a cache.
 _POINTWISE_BYTES = 2**26
+# Sizes of blocks whose slots are kept: a model that is served sees ever other numbers of inputs.
+_MOST_CHOSEN = 64
 S = TypeVar("S")
 
 
@@ -108,6 +110,8 @@ class Engine:
                     k = min(block.k1, block.k2)
                     if shape.kind == "outer" and k * shape.columns <= shape.kept[0] + k * shape.kept[1]:
                         dense.update(slot.names)
+            if len(self._chosen) >= _MOST_CHOSEN:
+                self._chosen.pop(next(iter(self._chosen)))
             self._chosen[key] = arrange(self._lin, self.plan, dense)
         return self._chosen[key]
 
@@ -269,6 +273,18 @@ class Engine:
             return
         self._again(lambda: self._pointwise(left.x, None if right is None else right.x, budget, out))
 
+    def _pointwise_row(self, sides: int) -> int:
+        """Bytes of one input on the way to its blocks."""
+        lin, k = self._lin, self._lin.num_outputs
+        slots = arrange(lin, self.plan, set())
+        per_row = kept_bytes(lin, self.plan, slots, k) + self.transient_bytes(slots, k)
+        return sides * per_row + pass_bytes(lin, self.plan, k)
+
+    def diagonals_memory(self, num_rows: int, sides: int, dtype: torch.dtype = torch.float64) -> int:
+        """Smallest budget of `pointwise`, its result included."""
+        result = len(self._lin.groups) * num_rows * self._lin.num_outputs**2 * dtype.itemsize
+        return result + self._pointwise_row(sides) + _LEAST_WORKSPACE
+
     def _add_pointwise(self, a: Factors, b: Factors, budget: int, out: Tensor) -> None:
         """Add the blocks of all slots to out (G, N, C, C)."""
         for slot, left, right in pairs(self._lin, a, b):
@@ -277,11 +293,10 @@ class Engine:
             out[slot.group] += pointwise(left, right, out.dtype, short, _workspace(budget))
 
     def _pointwise(self, x1: Tensor, x2: Tensor | None, budget: int, out: Tensor) -> None:
-        lin, k = self._lin, self._lin.num_outputs
-        slots = arrange(lin, self.plan, set())
-        sides = 1 if x2 is None else 2
-        per_row = sides * kept_bytes(lin, self.plan, slots, k) + pass_bytes(lin, self.plan, k)
-        workspace = _workspace(budget)
+        lin, slots = self._lin, arrange(self._lin, self.plan, set())
+        per_row = self._pointwise_row(1 if x2 is None else 2)
+        budget -= out.numel() * out.element_size()
+        workspace = max(_LEAST_WORKSPACE, min(_workspace(budget), budget - per_row))
         step = max(1, min(budget - workspace, _POINTWISE_BYTES) // per_row)
         out.zero_()
         for start in range(0, len(x1), step):

@@ -30,6 +30,9 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger("ntkgp")
 
+# Graphs that are remembered as checked: every number of inputs has its own, of some kilobytes.
+_MOST_CHECKED = 64
+
 
 @dataclass(frozen=True)
 class Shape:
@@ -143,6 +146,8 @@ class Plan:
 
     def checked(self, result: Record) -> None:
         """Rows were seen to be in their places: nothing but the data can move them in a graph of this structure."""
+        if len(self._checked) >= _MOST_CHECKED:
+            self._checked.clear()
         self._checked.add(result.structure)
 
     def distrust(self, names: set[str]) -> None:

@@ -284,6 +284,10 @@ class MeasuredNetwork(DerivedNetwork):
             parts.append(self.groups.sum_per_group(left * right))
         return torch.cat(parts).mT[:, :, None, None].to(dtype)
 
+    def diagonals_memory(self, num_rows: int, pairs: bool = False) -> int:
+        """Nothing is asked of a budget: a few rows are pulled back at a time."""
+        return 1
+
     def factors_memory(self, num_rows: int) -> int:
         """More than any budget: rows share their forward pass, and kept factors would repeat it for each."""
         return 2**62

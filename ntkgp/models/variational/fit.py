@@ -68,7 +68,9 @@ class FitHistory:
 
         report = state["evidence"]
         known = None if report is None else EvidenceReport(**report)
-        vars(self).update({**state, "evidence": known, "interrupted": False})
+        # Copies: the state is written again with later answers, and must stay that of its stage's start.
+        traces = {name: list(state[name]) for name in ("stages", "objective", "validation")}
+        vars(self).update({**state, **traces, "evidence": known, "interrupted": False})
 
 
 @dataclass(frozen=True)

@@ -90,10 +90,7 @@ def checked_inducing_points(lin: LinearizedNetwork, points: Any, learned: bool) 
         )
     if isinstance(points, Tensor) and points.ndim == 1 and packing.width == 1 and not packing.is_raw(points):
         points = points.unsqueeze(-1)
-    packed = packing.pack(points, "inducing_points").detach().to(torch.float64)
-    if len(packed) == 0:
-        raise ValueError("inducing_points: expected at least one, got M = 0")
-    return packed.clone()
+    return packing.pack(points, "inducing_points").detach().to(torch.float64).clone()
 
 
 def checked_output_index(lin: LinearizedNetwork, index: Any, num_points: int) -> Tensor | None:
