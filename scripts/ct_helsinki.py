@@ -26,6 +26,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+import reading
 from ntkgp.cli.ct import CTOptions, PredictiveCheck, Scan, Tomogram, predictive_check, reconstruct
 from ntkgp.evaluation.plots import new_figure
 from ntkgp.inverse import FanBeam, RayTransform, load_sinogram
@@ -35,15 +36,6 @@ from ntkgp.models import InverseNTKGP
 
 BINNING, USED, DRAWS = 5, 50, 64
 LOW, HIGH = 0.05, 0.45  # of the sampling rate: below all directions are alike, above nothing is
-
-READING = """
-## Reading
-
-Along the wedge that no ray looked across, the posterior has kept several times more of the prior's deviation than
-elsewhere, and nearly all of its variance is there: the map knows *where* it does not know. It is too sure of *how
-much*: views between those that were used have errors 1.6 times what is expected, views beyond them 2.6 times. The
-picture itself suffers from so narrow an angle more than total variation, whose flat regions the phantom is made of.
-"""
 
 
 def covered(geometry: FanBeam) -> tuple[float, float]:
@@ -141,7 +133,7 @@ def page(
         + ("marks the missing wedge." if wedge.missing > 2 * wedge.measured else "does not mark it."), "",
         *(f"Warning: {text}." for text in found.warnings), "", "```", str(found.report), "```", "",
     ]  # fmt: skip
-    return "\n".join(lines) + READING
+    return "\n".join(lines)
 
 
 def write_csv(path: Path, checks: dict[str, PredictiveCheck], wedge: Spectrum) -> None:
@@ -216,7 +208,7 @@ def main() -> None:
     text = page(arguments.phantom, used, found, checks, wedge, time.perf_counter() - start)
     print(text)
     arguments.out.mkdir(parents=True, exist_ok=True)
-    (arguments.out / "ct_helsinki.md").write_text(text, encoding="utf-8")
+    reading.write(arguments.out / "ct_helsinki.md", text)
     write_csv(arguments.out / "ct_helsinki.csv", checks, wedge)
     draw(arguments.out / "ct_helsinki.png", used, found, wedge, tv.mean)
 

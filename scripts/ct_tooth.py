@@ -26,6 +26,7 @@ import torch
 from scipy.stats import spearmanr
 from torch import Tensor
 
+import reading
 from ntkgp.cli.ct import CTOptions, Scan, Tomogram, reconstruct
 from ntkgp.evaluation.metrics.images import psnr, ssim
 from ntkgp.evaluation.plots_images import image_report
@@ -37,17 +38,6 @@ DAMPING = 1e-4  # of the reference
 CHECKED = 15
 WINDOW = 9  # pixels over which the error of the reference is averaged
 TOOTH = 0.25  # of the largest value of the reconstruction: what is above it, and what is near it, is the tooth
-
-READING = """
-## Reading
-
-The check that has a truth, rays that were not seen, holds: their errors are what the model expects (z near one). The
-error of the tooth's pixels is another matter: its map is far too sure of itself beside the reference, whose grain and
-fine cracks a reconstruction from a sixth of the views does not have. A part of that may be the reference's: both halves
-of it share pixels, rings and axis, so that its own error is larger than what they differ by. A part is the map's: edges
-that the network draws too smooth are a bias, of which a posterior around its weights knows nothing. In the air the
-sigmoid output is zero and certain. TV is as near to the reference as the network, or nearer.
-"""
 
 
 class Reference(NamedTuple):
@@ -133,7 +123,7 @@ def page(scan: Scan, found: Tomogram, reference: Reference, rows: list[dict[str,
         "Against the reference, per mm:", "", *z_lines(found, reference), "",
         *(f"Warning: {text}." for text in found.warnings), "", "```", str(found.report), "```", "",
     ]  # fmt: skip
-    return "\n".join(lines) + READING
+    return "\n".join(lines)
 
 
 def main() -> None:
@@ -162,7 +152,7 @@ def main() -> None:
     text = page(scan, found, reference, rows, time.perf_counter() - start)
     print(text)
     arguments.out.mkdir(parents=True, exist_ok=True)
-    (arguments.out / "ct_tooth.md").write_text(text, encoding="utf-8")
+    reading.write(arguments.out / "ct_tooth.md", text)
     with (arguments.out / "ct_tooth.csv").open("w", encoding="utf-8", newline="") as file:
         writer = csv.DictWriter(file, list(rows[0]))
         writer.writeheader()

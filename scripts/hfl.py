@@ -27,6 +27,7 @@ from torch import Tensor, nn
 from torch.nn.utils import vector_to_parameters
 
 import ntkgp
+import reading
 from ntkgp.baselines import DeepEnsemble
 from ntkgp.baselines.hessian_free import Drift, HessianFreeLaplace
 from ntkgp.evaluation.plots import new_figure, predictive_bands
@@ -263,26 +264,6 @@ def draw(studies: dict[str, list[Found]], grid: Tensor, path: Path) -> None:
     figure.savefig(path, dpi=100)
 
 
-READING = """
-## Reading
-
-**Asked**: does HFL give the error bars of a Laplace approximation without a Hessian, and do its intervals hold between
-the data (McInerney & Kallus 2024, Theorems 3.1 and 3.2, and the experiments in one dimension, a quadratic and a
-sinusoid)? Their constants, steps and coverages are not published; only the claims can be compared.
-
-**Found**: one refit per input (HFL) is the Laplace approximation with the full Hessian, to all digits shown, for any
-small step. Its intervals hold in the data, and between them within two standard errors of 95 %, where the network alone
-covers 75 and 85 %. The Gauss-Newton matrix gives somewhat wider bands and the GP's own evidence wider ones still; their
-coverages between the data differ by less than a standard error.
-
-**What does not hold**: the amortised form, one refit for all inputs. It is a covariance with the mean prediction; taken
-as a variance, with the absolute value as in the paper's second version, its intervals between the data are hardly wider
-than the noise (0.96 and 0.82, where the noise alone is 0.78), and it is negative at a seventh to a fifth of the inputs.
-Beyond the data no method here holds: the error there is that of the mean, which no variance at the trained weights
-knows. An ensemble of five finds nearly the same function five times, and is narrower between the data than HFL.
-"""
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="one data set, nine inputs, one step: no result")
@@ -313,13 +294,13 @@ def main() -> None:
         "ensemble has its own means. An interval of f ± noise alone is "
         f"{2 * 1.959964 * NOISE**0.5:.2f} wide. The amortised form is refitted once with the mean prediction of all "
         f"{points} inputs of [-4, 4].", "",
-        *tables, f"{time.process_time() - start:.0f} s of processor time.", *([] if quick else [READING.rstrip()]),
+        *tables, f"{time.process_time() - start:.0f} s of processor time.",
     ]  # fmt: skip
     text = "\n".join(lines)
     print(text)
     arguments.out.mkdir(parents=True, exist_ok=True)
     page = arguments.out / ("hfl" + "_quick" * quick + ".md")
-    page.write_text(text + "\n", encoding="utf-8")
+    reading.write(page, text)
     draw(studies, grid, page.with_suffix(".png"))
 
 

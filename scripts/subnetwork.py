@@ -40,6 +40,7 @@ import torch
 from torch import Tensor, nn
 from torch.distributions import Distribution
 
+import reading
 from images import Trainer
 from images_data import Images
 from images_data import Sizes as ImageSizes
@@ -349,36 +350,7 @@ def text(curves: list[Values], images: list[Values], quick: bool) -> str:
             "images.", "", "### Own prior", "",
             *image_table(images, "own"), "", "### Common prior", "", *image_table(images, "common"), "",
         ]  # fmt: skip
-    return "\n".join(lines) + READING * (not quick and bool(images)) + "\n"
-
-
-READING = """
-## Reading
-
-**Asked** (Daxberger et al. 2021): does a small subnetwork, of the weights of largest marginal variance, keep the error
-bars of all weights, between the data in one dimension (subnetworks of 50, 3 and 1 %), and does it predict better than
-the network, the last layer and the diagonal when images are turned (0.38 % of a ResNet-18)?
-
-**Found in one dimension.** Half of the weights, chosen by any of the variances, are as good as all. With 3 and 1 % the
-error bars in the gap are lost: of their sd 2 to 33 % remain, and the intervals cover about as little of the truth as
-those of the last layer (51 weights of 2701). Choosing the largest variances of the posterior, exact or diagonal, keeps
-less than choosing at random: the most uncertain weights are those that the outputs hardly depend on. SWAG's variances,
-which are large where the loss moves the weights, are the better choice. An evidence of their own does not help small
-subnetworks; it prunes those that explain nothing. The diagonal is six times too wide at the data. At a common prior no
-subnetwork has a larger sd than all weights anywhere, as must be; KFAC and the diagonal are not ordered.
-
-**Found under rotation.** At the λ that the evidence of all weights finds, subnetworks by SWAG lie between the network
-and all weights, in the order of their size: NLL of turned images 3.85 (network), 3.80, 3.70, 3.44, 2.75, 2.50 (all).
-The last layer (58 % of this network's weights), KFAC and even the diagonal are near all weights, and a subnetwork of
-10 % and less is further from them than any of these. It is paid for on upright images: the more variance, the higher
-their NLL and ECE. Where λ is chosen on upright images, as in the paper, hardly any variance is left: turned images then
-gain 0.27 nats at most, with all weights and with the last layer, and small subnetworks 0.15 or less.
-
-**Limits.** Networks of a size that has exact answers, three of them, a thousand training images, common test images:
-the errors are those of the networks. A first network, of 3,000 images and 50 epochs, was not over-confident: upright
-images chose λ = 10⁶, which is no variance at all, for nine of ten methods. This one was taken in its place, for that
-reason and before its test images were scored. What subnetworks are for, a posterior where that of all weights does not
-fit, was not in question here."""
+    return "\n".join(lines) + "\n"
 
 
 # Panels of the figure, and lines.
@@ -459,7 +431,7 @@ def main() -> None:
     else:
         print(f"images skipped: no mnist.npz and fashion_mnist.npz in {arguments.data / 'images'}")
     page = arguments.out / ("subnetwork" + "_quick" * arguments.quick + ".md")
-    page.write_text(text(curves, images, arguments.quick), encoding="utf-8")
+    reading.write(page, text(curves, images, arguments.quick))
     figure(curves, images, page.with_suffix(".png"))
     print(page.read_text(encoding="utf-8"))
 

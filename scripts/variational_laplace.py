@@ -33,6 +33,7 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
+import reading
 from ntkgp.baselines import VariationalLaplace
 from ntkgp.evaluation.metrics import accuracy, categorical_nll, expected_calibration_error
 from ntkgp.evaluation.plots import COLORS, new_figure
@@ -42,25 +43,6 @@ RATE, LOG_STD_RATE, BATCH, DRAWS = 1e-3, 10.0, 128, 10
 FITS = ("MAP", "VL", "VL, log σ by gradient", "VI")
 METHODS = ("MAP", "VL", "VL, log σ by gradient", "VI, mean network", f"VI, {DRAWS} draws")
 SCORES = ("nll", "accuracy", "ece")
-READING = """
-## Reading
-
-**Asked**: does VL predict better than MAP and than mean-field VI with the same kind of posterior (Unlu & Aitchison
-2021, Table 1: Fashion-MNIST .16 NLL, 94.6 % and .010 ECE, against .29, 93.6 % and .096 of MAP and .23, 94.0 % and .034
-of VI's mean network, a PreactResNet-18 on all images, best β on the test set), at what cost (their seconds per epoch:
-115, VI 43, MAP 42)?
-
-**Found**: by NLL yes. Against VI the difference is far beyond its standard error, with the mean network and with draws.
-Against MAP it is 0.017 nats, 2.7 standard errors of only three seeds, and an eighth of what the paper prints. VL takes
-2.7 times as long as MAP, as printed, and VI twice as long. Variances in closed form and by gradient come to the same.
-
-**What does not hold**: calibration. At the β that the held-out NLL chooses, VL's ECE is no better than MAP's; the
-lowest ECE of the whole table belong to MAP and to VI's mean network at β = 0.1, at a higher NLL. At β = 1, which is the
-bound itself, every posterior is far worse than MAP (0.58 to 0.64 against 0.52): what predicts well is a cold posterior.
-Choosing β on the test set would have flattered MAP by 0.004 nats and VL by nothing.
-
-**Limits**: one small network, a grid of four β that is coarse for MAP (its seeds do not agree on one), 40 epochs.
-"""
 Data = tuple[Tensor, Tensor]
 
 
@@ -303,7 +285,7 @@ class Report:
             if other != "VL":
                 both = "; ".join(self.difference("VL", other, score) for score in ("nll", "ece"))
                 lines.append(f"- VL minus {other}, by seeds: {both}.")
-        return "\n".join(lines) + "\n" + READING * (self.sizes == Sizes())
+        return "\n".join(lines) + "\n"
 
     def figure(self, path: Path) -> None:
         """NLL and ECE on test images against β."""
@@ -374,7 +356,7 @@ def main() -> None:
     arguments.out.mkdir(parents=True, exist_ok=True)
     page = arguments.out / ("variational_laplace" + "_quick" * arguments.quick + ".md")
     report = Report(collect(arguments.data, sizes, page.with_suffix(".csv")), sizes)
-    page.write_text(report.text(), encoding="utf-8")
+    reading.write(page, report.text())
     report.figure(page.with_suffix(".png"))
     print(report.text())
 

@@ -212,3 +212,12 @@ def test_expectations_are_those_of_the_true_density() -> None:
     assert float(found["nll"]) == pytest.approx(float(-predictive.log_prob(y).mean()), abs=5e-3)
     inside = (y - mean).abs() <= 1.959964 * predictive.stddev
     assert float(found["covers"]) == pytest.approx(float(inside.double().mean()), abs=3e-3)
+
+
+def test_what_people_wrote_of_a_page_stays(tmp_path: Path) -> None:
+    reading, page = script("reading"), tmp_path / "page.md"
+    reading.write(page, "# Title\n\nold 1\n")
+    assert page.read_text(encoding="utf-8") == "# Title\n\nold 1\n"
+    page.write_text("# Title\n\nold 1\n\n## Reading\n\nIt holds.\n", encoding="utf-8")
+    reading.write(page, "# Title\n\nnew 2\n")
+    assert page.read_text(encoding="utf-8") == "# Title\n\nnew 2\n\n## Reading\n\nIt holds.\n"
