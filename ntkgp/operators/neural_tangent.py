@@ -42,7 +42,8 @@ class NeuralTangentOperator(LinearOperator):
 
     Cost: a product with k vectors is k vjp's over N2 and k jvp's over N1 inputs, and O(k·P) memory, k in chunks. Passes
     run in the network's dtype; the result has that of ``x1``. ``to_dense`` without gradients goes layer by layer
-    (:meth:`ntkgp.LinearizedNetwork.grams`).
+    (:meth:`ntkgp.LinearizedNetwork.grams`), and so does a product with k ≥ N2·C vectors, for which the matrix takes no
+    more memory than they do; derivatives with k > N2·C vectors cost N2·C of them.
 
     Example:
         >>> import torch, ntkgp
@@ -137,7 +138,12 @@ class NeuralTangentOperator(LinearOperator):
         rhs = rhs.expand(*batch, *rhs.shape[-2:])
         operator = self if self.batch_shape == batch else self._expand_batch(batch)
         out = torch.empty(*batch, self.shape[-2], rhs.shape[-1], dtype=self.dtype, device=self.device)
+        formed = rhs.shape[-1] >= self.shape[-1] and self._is_formed_by_layers(*self.shape[-2:])
         for x1, x2, indices in operator._by_inputs():
+            if formed:
+                for index, matrix in operator._matrices(x1, x2, indices):
+                    out[index] = (matrix @ rhs[index].to(matrix.dtype)).to(self.dtype)
+                continue
             results = []
             for places, (u,) in operator._columns(indices, rhs):
                 v = self.lin.vjp(x2, u) * operator._scale(indices, places)
@@ -155,6 +161,10 @@ class NeuralTangentOperator(LinearOperator):
         wanted = [arg.requires_grad for arg in (self.x1, self.x2, self.variance)]
         if not any(wanted):
             return None, None, None
+        if right_vecs.shape[-1] > self.shape[-1]:
+            # Σ_k l_kᵀ K r_k = Σ_j (L Rᵀ e_j)ᵀ K e_j
+            left_vecs = left_vecs @ right_vecs.mT
+            right_vecs = torch.eye(self.shape[-1], dtype=left_vecs.dtype, device=left_vecs.device)
         batch = torch.broadcast_shapes(self.batch_shape, left_vecs.shape[:-2], right_vecs.shape[:-2])
         left = left_vecs.expand(*batch, *left_vecs.shape[-2:])
         right = right_vecs.expand(*batch, *right_vecs.shape[-2:])
@@ -271,10 +281,22 @@ class NeuralTangentOperator(LinearOperator):
 
         With gradients, or where not even one row fits, by one product per column, whose derivative keeps nothing.
         """
-        if needs_graph(self.x1, self.x2, self.variance) or self.lin.gram_memory(1, 1) > self.handle.max_memory:
+        if not self._is_formed_by_layers(1, 1):
             return super().to_dense()
         out = torch.empty(self.shape, dtype=self.dtype, device=self.device)
         for x1, x2, indices in self._by_inputs():
-            for index in indices:
-                out[index] = self.lin.weighted_gram(x1, x2, self.variance[index], self.handle.max_memory).to(self.dtype)
+            for index, matrix in self._matrices(x1, x2, indices):
+                out[index] = matrix.to(self.dtype)
         return out
+
+    def _is_formed_by_layers(self, rows: int, columns: int) -> bool:
+        """Whether a matrix of so many rows and columns can be made layer by layer: no graph is asked for, and it fits."""
+        n1, n2 = -(-rows // self.num_outputs), -(-columns // self.num_outputs)
+        return (
+            not needs_graph(self.x1, self.x2, self.variance) and self.lin.gram_memory(n1, n2) <= self.handle.max_memory
+        )
+
+    def _matrices(self, x1: Tensor, x2: Tensor, indices: list[_Index]) -> Iterator[tuple[_Index, Tensor]]:
+        """The matrix of each batch entry of the same inputs, float64."""
+        for index in indices:
+            yield index, self.lin.weighted_gram(x1, x2, self.variance[index], self.handle.max_memory)

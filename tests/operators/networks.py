@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 
 import torch
 from torch import Tensor, nn
@@ -30,6 +31,7 @@ def deep_net(outputs: int, dtype: torch.dtype = torch.float64, width: int = WIDT
     return net.to(dtype)
 
 
+@functools.cache
 def linearized(outputs: int, dtype: torch.dtype = torch.float64) -> LinearizedNetwork:
     """The deep network, linearised, with G = 3 groups: what each LayerNorm normalises, and the rest, not contiguous."""
     groups = ParameterGroups({"first": "0.*", "second": "3.*", "rest": ["1.*", "4.*", "6.*"]})

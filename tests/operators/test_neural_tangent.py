@@ -133,8 +133,9 @@ def test_products_and_entries_are_those_of_the_dense_kernel(
     op = operator(outputs, budget, batch)
     expected = dense(op, outputs)
     assert rel(op.to_dense(), expected) < 1e-13
-    rhs = seeded(*batch, 4 * outputs, 40, seed=6)  # more columns than are handled at a time
-    assert rel(op @ rhs, expected @ rhs) < 1e-13
+    for columns in (4 * outputs - 1, 40):
+        rhs = seeded(*batch, 4 * outputs, columns, seed=6)
+        assert rel(op @ rhs, expected @ rhs) < 1e-13
     lhs = seeded(*batch, 5 * outputs, 2, seed=7)
     assert rel(op.mT @ lhs, expected.mT @ lhs) < 1e-13
     square = NeuralTangentOperator(op.x1, op.x1, op.variance, op.handle)
@@ -224,6 +225,33 @@ def test_expanded_inputs_are_passed_through_the_network_once() -> None:
         got = batch @ rhs
     assert calls == {"vjp": 1, "jvp": 1}
     assert rel(got, dense(batch, 3) @ rhs) < 1e-13
+
+
+def test_products_with_as_many_vectors_as_columns_form_the_matrix_and_never_pass_them_through() -> None:
+    op = operator(3)
+    for columns, passes in ((11, 1), (12, 0), (40, 0)):
+        rhs = seeded(12, columns, seed=4)
+        with counted(op.lin, "vjp", "jvp") as calls:
+            got = op @ rhs
+        assert calls == {"vjp": passes, "jvp": passes}
+        assert rel(got, dense(op, 3) @ rhs) < 1e-13
+
+
+def test_derivatives_with_more_vectors_than_columns_cost_one_pass_per_column() -> None:
+    op = operator(1, batch=(2,))
+    args = tuple(arg.clone().requires_grad_() for arg in (op.x1, op.x2, op.variance))
+    left, right = seeded(2, 5, 30, seed=6), seeded(2, 4, 30, seed=7)
+    op = NeuralTangentOperator(*args, op.handle)
+    pulled: list[int] = []
+    vjp = op.lin.vjp
+    op.lin.vjp = lambda x, u: (pulled.append(len(u)), vjp(x, u))[1]  # type: ignore[method-assign]
+    try:
+        got = op._bilinear_derivative(left, right)
+    finally:
+        del op.lin.vjp
+    assert max(pulled) <= 4
+    expected = torch.autograd.grad((left * (dense_kernel(deep_net(1), op.lin, *args) @ right)).sum(), args)
+    assert [rel(a, b) < 1e-12 for a, b in zip(got, expected, strict=True)] == [True] * 3
 
 
 def test_half_and_moves_never_touch_the_network() -> None:
