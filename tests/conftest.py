@@ -12,15 +12,26 @@ import numpy as np
 import pytest
 import torch
 
+from tests import elsewhere
 from tests.fresh import FreshInterpreter
 
 torch.set_num_threads(1)
 
 
-def pytest_collection_finish() -> None:
-    """What is imported by now stays: to look through it again and again takes a twentieth of the time of all tests."""
+def pytest_collection_finish(session: pytest.Session) -> None:
+    """Begin with what other processes do for the tests; and never look through what is imported by now for garbage.
+
+    What is imported stays: to look through it again and again takes a twentieth of the time of all tests.
+    """
+    if not session.config.option.collectonly and not hasattr(session.config, "workerinput"):
+        selected = {item.module.__name__ for item in session.items if isinstance(item, pytest.Function)}
+        elsewhere.start(run for run in elsewhere.ALL if run.wanted_by in selected)
     gc.collect()
     gc.freeze()
+
+
+def pytest_sessionfinish() -> None:
+    elsewhere.end()
 
 
 @pytest.fixture(autouse=True)

@@ -14,7 +14,6 @@ import os
 import random
 import shutil
 import signal
-import subprocess
 import sys
 import threading
 import time
@@ -24,20 +23,22 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+from tests.elsewhere import FOLDER, Elsewhere
+
 ROOT = Path(__file__).parent.parent
 PAUSE = 0.02  # seconds of each offer, and of each synchronisation with the disk
 
 
-def kill_again_and_again(
-    case: str, folder: Path, kills: int, seed: int = 0, distance: tuple[int, int] = (0, 3)
-) -> dict[str, Any]:
-    """Run a case of `tests.killed_cases` in a process of its own; kills are so many states apart."""
-    command = [sys.executable, "-m", "tests.killing", case, str(folder), *map(str, (kills, seed, *distance))]
-    done = subprocess.run(
-        command, cwd=ROOT, capture_output=True, text=True, check=False, env={**os.environ, "OMP_NUM_THREADS": "1"}
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
-    return json.loads(done.stdout.splitlines()[-1])
+def killed_again_and_again(case: str, kills: int, seed: int = 0, distance: tuple[int, int] = (0, 3)) -> Elsewhere:
+    """A case of `tests.killed_cases` in a process of its own; kills are so many states apart."""
+    run = Elsewhere("tests.killing", case, FOLDER, *map(str, (kills, seed, *distance)))
+    run.wanted_by = sys._getframe(1).f_globals["__name__"]
+    return run
+
+
+def what_was_found(run: Elsewhere) -> dict[str, Any]:
+    """What `main` printed at the end of such a run."""
+    return json.loads(run.finished()[1].splitlines()[-1])
 
 
 def forked(work: Callable[[], Any]) -> int:

@@ -5,8 +5,6 @@ from __future__ import annotations
 import json
 import os
 import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
 
@@ -15,20 +13,20 @@ import torch
 
 from ntkgp.checkpoint import Checkpoint, CheckpointMismatch
 from ntkgp.locking import FolderInUse
+from tests.elsewhere import FOLDER, Elsewhere
 from tests.killing import forked
 from tests.lost_processes import ROWS, TIMEOUT
 
 ROOT = Path(__file__).parent.parent
 
 
-def test_a_process_that_is_killed_is_missed_by_the_others(tmp_path: Path) -> None:
+LOST = Elsewhere("tests.lost_processes", FOLDER, "0", "2")
+
+
+def test_a_process_that_is_killed_is_missed_by_the_others() -> None:
     """They end with an error that says so, within the group's time limit; two that go on find the same bits."""
-    done = subprocess.run(
-        [sys.executable, "-W", "ignore", "-m", "tests.lost_processes", str(tmp_path), "0", "2"], cwd=ROOT,
-        capture_output=True, text=True, check=False, env={**os.environ, "OMP_NUM_THREADS": "1"},
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr[-3000:]
-    for killed, found in json.loads(done.stdout.splitlines()[-1]).items():
+    _, printed = LOST.finished()
+    for killed, found in json.loads(printed.splitlines()[-1]).items():
         others = {0, 1, 2} - {int(killed)}
         assert {int(number) for number in found["said"]} == others
         for number, said in found["said"].items():

@@ -290,7 +290,7 @@ class NeuralTangentOperator(LinearOperator):
         return out
 
     def _is_formed_by_layers(self, rows: int, columns: int) -> bool:
-        """Whether a matrix of so many rows and columns can be made layer by layer: no graph is asked for, and it fits."""
+        """Whether a matrix of so many rows and columns can be made by layers: no graph is wanted, and it fits."""
         n1, n2 = -(-rows // self.num_outputs), -(-columns // self.num_outputs)
         return (
             not needs_graph(self.x1, self.x2, self.variance) and self.lin.gram_memory(n1, n2) <= self.handle.max_memory

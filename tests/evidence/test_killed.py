@@ -14,7 +14,7 @@ from ntkgp.checkpoint import Checkpoint, CheckpointMismatch
 from ntkgp.evidence import GaussianEvidence, one_pass, sampled_evidence
 from ntkgp.evidence.objective import EvidenceObjective
 from tests import killed_cases as cases
-from tests.killing import _equal, kill_again_and_again
+from tests.killing import _equal, killed_again_and_again, what_was_found
 
 
 def differences(a, b):
@@ -44,9 +44,12 @@ def killed(monkeypatch, offers, run):
             run()
 
 
+TWENTY = killed_again_and_again("mackay", kills=20)
+
+
 @pytest.mark.timeout(600)
-def test_twenty_kills_leave_no_trace_in_an_evidence_fit(tmp_path):
-    found = kill_again_and_again("mackay", tmp_path, kills=20)
+def test_twenty_kills_leave_no_trace_in_an_evidence_fit():
+    found = what_was_found(TWENTY)
     assert found["kills"] == 20
     assert found["finished"] >= 1
     assert found["different"] == []

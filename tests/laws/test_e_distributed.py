@@ -2,30 +2,25 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
 from tests import distributed_cases as cases
+from tests.elsewhere import FOLDER, Elsewhere
 
 MANY = (2, 4)
 Found = dict[tuple[str, int, int], dict[str, Any]]
 
 
+CASES = Elsewhere("tests.distributed_cases", FOLDER)
+
+
 @pytest.fixture(scope="module")
-def found(tmp_path_factory) -> Found:
+def found() -> Found:
     """Results by (case, number of processes, rank)."""
-    folder = tmp_path_factory.mktemp("distributed")
-    done = subprocess.run(
-        [sys.executable, "-W", "ignore", "-m", "tests.distributed_cases", str(folder)], cwd=Path(__file__).parents[2],
-        capture_output=True, text=True, check=False, env={**os.environ, "OMP_NUM_THREADS": "1"},
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr[-3000:]
+    folder, _ = CASES.finished()
     files = {tuple(file.stem.split("-")): file for file in folder.glob("*-*-*.pt")}
     return {(name, int(w), int(r)): torch.load(file, weights_only=True) for (name, w, r), file in files.items()}
 

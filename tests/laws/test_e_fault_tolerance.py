@@ -8,13 +8,15 @@ import pytest
 import torch
 
 from tests import killed_cases
-from tests.killing import kill_again_and_again
+from tests.killing import killed_again_and_again, what_was_found
+
+KILLED = killed_again_and_again("adam", kills=3, seed=1, distance=(4, 7))
 
 
 @pytest.mark.timeout(900)
-def test_E3_killed_and_resumed_is_bitwise_the_uninterrupted_run(tmp_path):
+def test_E3_killed_and_resumed_is_bitwise_the_uninterrupted_run():
     """120 Adam steps on log λ, log σ² with 4 probes and 15 warm-started CG iterations a step, a state every 5 steps."""
-    found = kill_again_and_again("adam", tmp_path, kills=3, seed=1, distance=(4, 7))
+    found = what_was_found(KILLED)
     assert found["kills"] == 3
     assert found["different"] == []
     assert found["names"] == ["warm", "x"]
