@@ -21,10 +21,11 @@ from ntkgp.checkpoint import Checkpoint
 from ntkgp.cli import main
 from ntkgp.distributed import Shards, broadcast_object, gather_rows, ordered_sum, rank, symmetric_tiles, world_size
 from ntkgp.evidence import one_pass, sampled_evidence
+from ntkgp.evidence.probes import DualProbes, Settings
 from ntkgp.fingerprint import digest
 from ntkgp.kernels import NeuralTangentKernel
 from ntkgp.means import NetworkMean
-from ntkgp.solvers import solve
+from ntkgp.solvers import sharded, solve
 
 # Zero is one process without a process group.
 WORLDS = (0, 1, 2, 4)
@@ -123,7 +124,7 @@ def resumed_case(folder: Path) -> dict[str, Any]:
 
 def refused_case(folder: Path) -> dict[str, Any]:
     """What the ranks are told that were given different rows, order or networks."""
-    found: dict[str, Any] = {"data": "", "order": "", "network": "", "folder": ""}
+    found: dict[str, Any] = {"data": "", "order": "", "network": "", "sampled": "", "folder": ""}
     if world_size() == 1:
         return found
     lin, x, y = deep(1)
@@ -137,6 +138,7 @@ def refused_case(folder: Path) -> dict[str, Any]:
         "data": lambda: one_pass(lin, (x + rank(), y), likelihood, **options),
         "order": lambda: one_pass(lin, loader, likelihood, **options),
         "network": lambda: one_pass(other, (x, y), likelihood, **options),
+        "sampled": lambda: sampled_evidence(other, (x, y), likelihood, 2),
         "folder": lambda: one_pass(lin, (x, y), likelihood, checkpoint=folder / f"apart-{rank()}", **options),
     }.items():
         try:
@@ -171,6 +173,26 @@ def sampled_case(_: Path) -> dict[str, Any]:
         for name in ("precision", "noise", "samples", "theta_star", "log_precision_error"):
             found[f"{name}-{outputs}"] = getattr(run, name)
     return found
+
+
+def dual_case(_: Path) -> dict[str, Any]:
+    """The sampled evidence in data space by kept rows, and a step of a softmax's by passes; CG has not converged."""
+    sharded._SHARDS, before = 4, sharded._SHARDS  # of the passes, which take a time each
+    lin, x, labels = deep(3, 342, DOUBLE, "single")
+    run = sampled_evidence(
+        lin, (x, torch.sin(2 * x)), gpytorch.likelihoods.GaussianLikelihood(), 2, form="dual", num_landmarks=8,
+        max_steps=1, max_iterations=4, bounds=False,
+    )  # fmt: skip
+    probes = DualProbes(lin, x, labels, None, Settings(2, 8, 1e-6, 2, 2**19, 0, "quadratic"))
+    if dist.is_initialized():
+        assert isinstance(probes.gram, sharded.SharedGram)
+        assert not probes.gram.is_kept
+    step = probes(torch.ones(1, dtype=DOUBLE), torch.empty(0, dtype=DOUBLE))
+    sharded._SHARDS = before
+    return {
+        **{name: getattr(run, name) for name in ("precision", "noise", "samples", "theta_star", "log_noise_error")},
+        "passes: draws": step.draws, "passes: mode": step.theta_star, "passes: traces": step.traces,
+    }  # fmt: skip
 
 
 def variational_case(_: Path) -> dict[str, Any]:
@@ -311,7 +333,7 @@ def command_case(folder: Path) -> dict[str, Any]:
 
 
 FIRST: dict[str, Callable[[Path], dict[str, Any]]] = {
-    "reductions": reductions, "one_pass": one_pass_case, "ella": ella_case, "sampled": sampled_case,
+    "reductions": reductions, "one_pass": one_pass_case, "ella": ella_case, "sampled": sampled_case, "dual": dual_case,
     "variational": variational_case, "ddp": ddp_case, "refused": refused_case, "compare": compare_case,
     "gram": gram_case, "command": command_case,
 }  # fmt: skip
@@ -348,7 +370,7 @@ def run(folder: str) -> None:
     # Here, not in a fork: what is imported on first use then is so for all.
     from torch.distributed import checkpoint, tensor  # noqa: F401
 
-    for name in ("one_pass", "ella", "sampled"):
+    for name in ("one_pass", "ella", "sampled", "dual"):
         torch.save(FIRST[name](Path(folder)), Path(folder) / f"{name}-0-0.pt")
     for world in WORLDS[1:]:
         fork(Path(folder), world, FIRST)

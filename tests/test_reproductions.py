@@ -215,9 +215,11 @@ def test_expectations_are_those_of_the_true_density() -> None:
 
 
 def test_what_people_wrote_of_a_page_stays(tmp_path: Path) -> None:
-    reading, page = script("reading"), tmp_path / "page.md"
-    reading.write(page, "# Title\n\nold 1\n")
+    common, page = script("common"), tmp_path / "page.md"
+    common.write(page, "# Title\n\nold 1\n")
     assert page.read_text(encoding="utf-8") == "# Title\n\nold 1\n"
     page.write_text("# Title\n\nold 1\n\n## Reading\n\nIt holds.\n", encoding="utf-8")
-    reading.write(page, "# Title\n\nnew 2\n")
+    common.write(page, "# Title\n\nnew 2\n")
     assert page.read_text(encoding="utf-8") == "# Title\n\nnew 2\n\n## Reading\n\nIt holds.\n"
+    common.write(page, f"# Title\n\n{common.READING}\n\n## Table\n\nnew 3\n")
+    assert page.read_text(encoding="utf-8") == "# Title\n\n## Reading\n\nIt holds.\n\n## Table\n\nnew 3\n"

@@ -204,7 +204,7 @@ def test_theta_star_by_passes() -> None:
     loader = DataLoader(TensorDataset(x, labels), batch_size=100, shuffle=True)
     options = {"structure": "last_layer", "layer": "2", "evidence": None, "mean": "posterior"}
     kept = Laplace(sample.net, "classification", **options).fit((x, labels))
-    passed = Laplace(sample.net, "classification", max_memory=2_500_000, **options).fit(loader)
+    passed = Laplace(sample.net, "classification", max_memory=2_900_000, **options).fit(loader)
     close(passed.log_evidence, kept.log_evidence)
     close(passed.theta_star, kept.theta_star, 1e-4)
 
@@ -220,7 +220,7 @@ def test_last_layer_without_its_rows(monkeypatch: pytest.MonkeyPatch) -> None:
     def refuse(*_, **__):
         raise AssertionError("rows were formed")
 
-    for module in ("structures", "tangent", "kfac"):
+    for module in ("structures", "tangent"):
         monkeypatch.setattr(f"ntkgp.baselines.laplace.{module}.jacobian_rows", refuse)
     for kind, fit, problem in (("regression", fit_regression, regression), ("images", fit_images, images)):
         la = fit(structure="last_layer")
@@ -238,7 +238,7 @@ def test_last_layer_with_many_outputs() -> None:
     phi = torch.cat([net[:2](x), torch.ones(100, 1)], -1).detach().double()
     inverse = torch.linalg.inv(phi.T @ phi / 0.5 + torch.eye(65, dtype=DOUBLE))
     close(la.curvature.covariance(la.lin.pack(x[:1]))[0, 7, 7], phi[0] @ inverse @ phi[0], 1e-6)
-    with pytest.raises(ValueError, match=r"curvature of 1000 × 65 weights needs .*GiB"):
+    with pytest.raises(ValueError, match=r"curvature of 1000 × 65 weights; the smallest possible is .*GiB"):
         Laplace(net, "classification", structure="last_layer").fit((x, torch.arange(100)))
 
 

@@ -54,6 +54,23 @@ def test_E1_passes_are_bitwise_equal_for_any_number_of_processes(case, found):
     assert {key: different(results[0, 0], other) for key, other in results.items()} == {key: [] for key in results}
 
 
+def test_E1_the_sampled_evidence_by_rows_is_bitwise_equal_for_any_number_of_processes(found):
+    """In data space: precisions, noise, mode, draws and standard errors, by kept rows of the Gram and by passes."""
+    results = of(found, "dual")
+    del results[0, 0]
+    assert sorted(results) == [(1, 0), (2, 0), (2, 1), (4, 0), (4, 1), (4, 2), (4, 3)]
+    assert all(float(value.abs().max()) > 0 for value in results[1, 0].values())
+    assert {key: different(results[1, 0], other) for key, other in results.items()} == {key: [] for key in results}
+
+
+def test_E1_the_sampled_evidence_by_rows_is_right(found):
+    """That of one process without a group, but for other rounding of the same steps."""
+    results = of(found, "dual")
+    shared = results[4, 3]
+    for name, value in results[0, 0].items():
+        torch.testing.assert_close(shared[name], value, rtol=1e-8, atol=1e-8 * float(value.abs().max()))
+
+
 def test_E1_the_sums_of_a_shared_pass_are_right(found):
     """Against the Jacobian: ψ = J Dᵀ with the directions D that the landmarks span, group by group."""
     lin, x, y = cases.deep(2, dtype=torch.float64)
@@ -173,6 +190,7 @@ def test_ranks_with_different_data_are_refused(found):
             assert "train_data: the processes were given different data" in said["data"]
             assert "train_data: the processes were given different data" in said["order"]
             assert "lin: the processes have different networks" in said["network"]
+            assert "lin: the processes have different networks" in said["sampled"]
             assert "checkpoint: the processes differ in folder" in said["folder"]
 
 

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from ntkgp.linearization.degrees import UntraceableError, propagate
 from ntkgp.linearization.homogeneity import exact_statistics, find_normalized
 from ntkgp.linearization.tracing import trace
-from tests.architectures import CASES, Case, Residual, SwiGLU
+from tests.architectures import CASES, NORMALIZED, Case, Residual, SwiGLU
 
 
 def discover(run: Callable[[], Tensor], net: nn.Module) -> list[tuple[str, ...]]:
@@ -72,7 +72,7 @@ def test_the_zoo_is_wide() -> None:
     assert max(sum(p.numel() for p in case.net.parameters()) for case in cases) < 30_000
 
 
-@pytest.mark.parametrize("name", [name for name in CASES if CASES[name]().groups])
+@pytest.mark.parametrize("name", NORMALIZED)
 def test_a6_scaling_a_group_leaves_the_output(name: str) -> None:
     case = CASES[name]()
     for group in case.groups:
@@ -80,7 +80,7 @@ def test_a6_scaling_a_group_leaves_the_output(name: str) -> None:
             assert relative_change(case, group, factor) <= case.tolerance, (group, factor)
 
 
-@pytest.mark.parametrize("name", [name for name in CASES if CASES[name]().groups])
+@pytest.mark.parametrize("name", NORMALIZED)
 def test_a6_euler_identity(name: str) -> None:
     case = CASES[name]()
     parameters = dict(case.net.named_parameters())

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 import ntkgp
 from ntkgp.linearization.packing import tree_flatten
 from tests import reference as ref
-from tests.architectures import CASES
+from tests.architectures import CASES, linearized
 
 DOUBLE = torch.float64
 # A language model with 120 outputs is large; the float32 sections of the other make every product differ in 1e-6.
@@ -51,12 +51,10 @@ def deep(outputs: int = 3, dtype: torch.dtype = DOUBLE) -> nn.Sequential:
 
 @pytest.mark.parametrize("name", [name for name in CASES if name not in SLOW])
 def test_every_product_equals_row_by_row_autograd(name: str) -> None:
-    case = CASES[name]()
-    j = ref.jacobian(case.net, case.example)
+    shared = linearized(name)
+    case, lin, x, j = shared.case, shared.lin, shared.x, shared.jacobian
     n, c, p = j.shape
     tolerance = 1e-4 if name in FLOAT32_INSIDE else 1e-10
-    lin = ntkgp.LinearizedNetwork(case.net, case.example)
-    x = lin.pack(case.example)
     assert (lin.num_parameters, lin.num_outputs) == (p, c)
     assert torch.equal(lin.theta, ref.theta(case.net))
     assert lin.restore(lin(x)).shape == case.run().shape

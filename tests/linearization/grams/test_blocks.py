@@ -13,7 +13,7 @@ import ntkgp
 from ntkgp.linearization.grams import engine
 from ntkgp.linearization.memory import parse_memory
 from tests import reference as ref
-from tests.architectures import CASES
+from tests.architectures import CASES, linearized
 from tests.linearization.grams.helper import (
     DOUBLE,
     NETS,
@@ -43,14 +43,8 @@ def problem(name: str) -> tuple[ntkgp.LinearizedNetwork, Tensor, Tensor, Tensor,
 
 @pytest.mark.parametrize("name", CASES)
 def test_every_architecture(name: str) -> None:
-    case = CASES[name]()
-    lin = ntkgp.LinearizedNetwork(case.net, case.example)
-    x = lin.pack(case.example)
-    raw = case.example
-    if lin.num_outputs > 100:
-        x = x[:2]
-        raw = lin.unpack(x)
-    j = ref.jacobian(case.net, raw)
+    shared = linearized(name)
+    lin, raw, x, j = shared.lin, shared.raw, shared.x, shared.jacobian
     tolerance = 1e-5 if name == "hf_llama" else TOLERANCE  # the net itself computes a part in float32
     n = len(x)
     x1, j1, x2, j2 = x[: n - 1], j[: n - 1], x[1:], j[1:]
@@ -160,7 +154,7 @@ def test_any_budget_gives_the_same(name: str, way: str | None, monkeypatch: pyte
              (x, kept, dense(lin, j, k)), (kept, x, dense(lin, k, j)), (x[:1], None, dense(lin, j[:1]))]  # fmt: skip
     for left, right, expected in pairs:
         size, least = smallest(lin, left, right, way)
-        for factor in (1, 1.3, 1.7, 2.5, 4, 1000):
+        for factor in (1, 1.5, 3):
             assert error(forced(lin, left, right, way, size + factor * least), expected) < TOLERANCE
     assert len(seen) >= 4
     assert 1 in seen

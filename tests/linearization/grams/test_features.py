@@ -10,7 +10,7 @@ import ntkgp
 from ntkgp.linearization.grams import factors, features
 from ntkgp.linearization.memory import parse_memory
 from tests import reference as ref
-from tests.architectures import CASES
+from tests.architectures import CASES, linearized
 from tests.linearization.grams.helper import DOUBLE, NETS, TOLERANCE, apart, error, linear, noise
 
 
@@ -29,14 +29,9 @@ def smallest(lin: ntkgp.LinearizedNetwork, x: Tensor, v: Tensor, per_group: bool
 
 @pytest.mark.parametrize("name", CASES)
 def test_every_architecture(name: str) -> None:
-    case = CASES[name]()
-    lin = ntkgp.LinearizedNetwork(case.net, case.example)
-    x, raw = lin.pack(case.example), case.example
-    if lin.num_outputs > 100:
-        x = x[:2]
-        raw = lin.unpack(x)
+    shared = linearized(name)
+    lin, raw, x, j = shared.lin, shared.raw, shared.x, shared.jacobian
     tolerance = 1e-5 if name == "hf_llama" else TOLERANCE  # the net itself computes a part in float32
-    j = ref.jacobian(case.net, raw)
     # One direction, and more of them than any layer has positions: either order of summation.
     for directions in (1, 40):
         v = noise(1, directions, lin.num_parameters)

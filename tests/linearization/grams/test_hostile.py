@@ -564,11 +564,11 @@ def test_exact(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     with ref.seeded(0):
         net, example, inputs, expected = CASES[name]()
     net.eval()
-    for x in inputs:
+    for number, x in enumerate(inputs):
         lin = fresh(net, example)
         rows, j = lin.pack(x), ref.jacobian(net, x)
         wanted = dense(lin, j)
-        for way in (None, "rows", "positions", "product"):
+        for way in (None, "rows", "positions", "product")[: None if number == 0 else 1]:
             assert error(forced(fresh(net, example), rows, None, way), wanted) < TOLERANCE
         late = fresh(net, example)
         kept = late.factors(rows[:1])
@@ -586,14 +586,13 @@ def test_exact(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
         assert {name for name in expected if not name.endswith("bias")} <= given_up <= expected
     # Row after row, and in blocks.
     monkeypatch.setattr(factors, "_PASS_BYTES", 1)
-    for x in inputs:
-        lin = fresh(net, example)
-        rows, wanted = lin.pack(x), dense(lin, ref.jacobian(net, x))
-        assert error(lin.grams(rows), wanted) < TOLERANCE
-        late = fresh(net, example)
-        size, least = smallest(late, rows)
-        assert error(late.grams(rows, max_memory=size + least), wanted) < TOLERANCE
-        assert error(late.grams(late.factors(rows)), wanted) < TOLERANCE
+    lin = fresh(net, example)
+    rows, wanted = lin.pack(inputs[0]), dense(lin, ref.jacobian(net, inputs[0]))
+    assert error(lin.grams(rows), wanted) < TOLERANCE
+    late = fresh(net, example)
+    size, least = smallest(late, rows)
+    assert error(late.grams(rows, max_memory=size + least), wanted) < TOLERANCE
+    assert error(late.grams(late.factors(rows)), wanted) < TOLERANCE
 
 
 @pytest.mark.parametrize("name", [n for n in CASES if n not in ("checkpoints", "checkpointed_attention", "recurrent")])
