@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
+import json
 import logging
-import tempfile
-from pathlib import Path
 
 import pytest
 import torch
 
-from scripts import leaks
+from tests.elsewhere import FOLDER, Elsewhere
 from tests.fuzzing import NAMES, run
 from tests.fuzzing.networks import draw
 from tests.fuzzing.watch import resources
@@ -58,8 +57,10 @@ def test_nothing_grows() -> None:
     assert {name: after[name] - before[name] for name in after if after[name] > before[name]} == {}
 
 
-@pytest.mark.parametrize("name", ["predictions", "passes", "save", "errors", "compare"])
-def test_nothing_is_left_behind(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Twenty repetitions of what scripts/leaks.py has; it measures memory too, over a thousand of them."""
-    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
-    assert leaks.measure(name, 14, 2)["grown"] == ""
+CALLS = ("predictions", "passes", "save", "errors", "compare")
+REPEATED = Elsewhere("tests.left_behind", FOLDER, *CALLS)
+
+
+def test_nothing_is_left_behind() -> None:
+    """Files, threads, children, tensors and hooks, over repetitions of public calls."""
+    assert json.loads(REPEATED.finished()[1].splitlines()[-1]) == dict.fromkeys(CALLS, "")

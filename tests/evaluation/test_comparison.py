@@ -248,18 +248,30 @@ def test_methods_may_be_names_comparators_models_functions_and_predictors() -> N
     )
 
 
+class OnlyHere:
+    """A method that can be pickled, and read where the module is that it names."""
+
+    def __reduce__(self):
+        return __import__, ("no_such_module",)
+
+    def __call__(self, net, train_data):
+        return Point(net).fit(train_data)
+
+
 def test_each_method_has_a_process_of_its_own(capfd) -> None:
     x, y = data(20, 1)
     net = network(outputs=1)
     methods = {"gp": "gp", "holder": Holder, "breaks": breaks, "dies": dies, "leaves": leaves, "sleeps": sleeps}
     methods |= {"reads": reads, "quits": quits}
-    here = {"lambda": lambda net, data: Point(net).fit(data)}
+    here = {"lambda": lambda net, data: Point(net).fit(data), "unreadable": OnlyHere()}
     last = {"network": "network", "kills": kills, "again": "gp"}
     found = compare(net, (x, y), (x, y), {**methods, **here, **last}, time_limit=4)
     assert "PRINTED" in capfd.readouterr().out
-    assert len(found.notes) == 1
+    assert len(found.notes) == 2
     assert "lambda ran in the calling process, memory not measured: it cannot be pickled" in found.notes[0]
-    assert found["lambda"].scores == found["network"].scores
+    assert "unreadable ran in the calling process" in found.notes[1]
+    assert "no_such_module" in found.notes[1]
+    assert found["lambda"].scores == found["unreadable"].scores == found["network"].scores
     assert math.isnan(found["lambda"].memory)
     alone = compare(net, (x, y), (x, y), "gp", isolate=False)["gp"]
     assert found["gp"].scores == found["again"].scores == alone.scores

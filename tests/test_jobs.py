@@ -1,0 +1,96 @@
+"""Jobs of scripts over processes, here threads with one store; and the rows of scripts/uci.py in their file."""
+
+from __future__ import annotations
+
+import importlib
+import multiprocessing.dummy
+import threading
+import time
+from itertools import permutations
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch.distributed as dist
+
+from ntkgp.evaluation.comparison import Comparison, Row
+from ntkgp.locking import FolderLock
+
+SCRIPTS = Path(__file__).resolve().parent.parent / "scripts"
+
+
+@pytest.fixture
+def jobs(monkeypatch):
+    monkeypatch.syspath_prepend(str(SCRIPTS))
+    return importlib.import_module("jobs")
+
+
+@pytest.mark.parametrize("world", [1, 2, 4])
+def test_every_job_is_done_once_by_whoever_is_free(world, jobs):
+    """The first one goes on when all are done; what it made is what all work at."""
+    store, meeting, done, last = dist.HashStore(), threading.Barrier(world), [], []
+
+    def process(rank: int) -> None:
+        def work(job: int) -> int:
+            if job < world:  # as many as there are processes are under way at a time
+                meeting.wait(30)
+            return 10 * job
+
+        team = jobs.Team(store=store, rank=rank, world=world)
+        for count, found in team.results(work, team.agreed(lambda: list(range(9)) if rank == 0 else ["others"])):
+            done.append((count, found, rank))
+        if team.is_last():
+            last.append((rank, len(done)))
+
+    threads = [threading.Thread(target=process, args=(rank,)) for rank in range(world)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(60)
+    assert last == [(0, 9)]
+    assert sorted(count for count, _, _ in done) == list(range(1, 10))
+    assert sorted(found for _, found, _ in done) == [10 * job for job in range(9)]
+    assert {rank for _, _, rank in done} == set(range(world))
+
+
+def test_a_turn_waits_for_the_one_who_has_the_folder(jobs, tmp_path):
+    lock, order = FolderLock(tmp_path), []
+
+    def second() -> None:
+        with jobs.turn(tmp_path):
+            order.append("second")
+
+    thread = threading.Thread(target=second)
+    thread.start()
+    time.sleep(0.15)
+    order.append("first")
+    lock.release()
+    thread.join(10)
+    assert order == ["first", "second"]
+
+
+def test_without_torchrun_there_are_workers(jobs, monkeypatch):
+    monkeypatch.setattr(jobs, "multiprocessing", SimpleNamespace(get_context=lambda kind: multiprocessing.dummy))
+    team = jobs.Team.of_this_run(2)
+    assert team.agreed(lambda: 5) == 5
+    assert sorted(found for _, found in team.results(str, [3, 4])) == ["3", "4"]
+    assert team.is_last()
+
+
+def test_uci_rows_are_in_one_order_whichever_split_was_done_first(monkeypatch, tmp_path):
+    monkeypatch.syspath_prepend(str(SCRIPTS))
+    uci = importlib.import_module("uci")
+    splits = ("boston standard/2", "boston standard/10", "boston gap/0", "wine standard/0")
+    texts = set()
+    for number, order in enumerate(permutations(splits)):
+        path = tmp_path / str(number)
+        for data in order:
+            rows = [Row(method, data, {"nll": float(i)}, {}) for i, method in enumerate(("GP", "ELLA"))]
+            uci.joined(uci.kept(path), Comparison(rows, "regression")).to_csv(path)
+        again = Comparison([Row("ELLA", splits[1], {"nll": 7.0}, {})], "regression")
+        texts.add(uci.joined(uci.kept(path), again).to_csv())
+    assert len(texts) == 1
+    found = [line.split(",")[:3] for line in texts.pop().splitlines()[1:]]
+    assert [data for method, data, _ in found if method == "GP"] == list(splits)
+    assert ["ELLA", splits[1], "7.0"] in found
+    assert len(found) == 8
