@@ -263,6 +263,16 @@ def gather_numbers(*values: int) -> list[tuple[int, ...]]:
     return [tuple(row.tolist()) for row in found]
 
 
+def combined(value: Tensor) -> Tensor:
+    """Entry by entry, what the one rank has that has it: on all others the entry is zero."""
+    if world_size() == 1:
+        return value
+    # Zeros can be added in any order.
+    wire = on_wire(value).clone()
+    _asked(dist.all_reduce, wire)
+    return wire.to(value.device)
+
+
 def smallest(value: Tensor) -> Tensor:
     """Entry by entry, the smallest of all ranks."""
     if world_size() == 1:

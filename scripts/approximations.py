@@ -5,14 +5,13 @@ same for all methods. Compared are the *predictive* covariances (latent + σ²I,
 [min − 5, max + 5]: Kullback–Leibler divergences in both directions and summed over the marginals. VaLLA with fixed
 (k-means) and learned inducing inputs, α = 1 beside the ELBO, and ELLA with M landmarks and as many features.
 
-    python scripts/approximations.py [--data FOLDER] [--out docs/results]
+    python scripts/approximations.py [--quick] [--data FOLDER] [--out docs/results]
 
 With FOLDER/toys/agw1d.npz the data are those of the paper's illustration; otherwise similar ones are generated.
 """
 
 from __future__ import annotations
 
-import argparse
 import copy
 import time
 from collections.abc import Callable
@@ -20,10 +19,10 @@ from pathlib import Path
 from typing import NamedTuple
 
 import gpytorch
-import numpy as np
 import torch
 from torch import Tensor, nn
 
+import common
 import ntkgp
 from ntkgp.evaluation.divergence import gaussian_kl
 from ntkgp.evaluation.plots import new_figure, predictive_bands
@@ -45,21 +44,6 @@ class Row(NamedTuple):
     sd_ratio: float
     seconds: float
     cpu: float
-
-
-def load(folder: Path | None) -> tuple[Tensor, Tensor, str]:
-    """The published 1-D data where they are at hand, else three clusters of a smooth function."""
-    path = folder / "toys" / "agw1d.npz" if folder is not None else None
-    if path is not None and path.is_file():
-        arrays = np.load(path)
-        x, y = (torch.from_numpy(arrays[name]).double().reshape(-1, 1) for name in ("x", "y"))
-        return x, y, "agw1d"
-    generator = torch.Generator().manual_seed(0)
-    x = torch.cat(
-        [centre + 2.4 * torch.rand(133, 1, generator=generator, dtype=torch.float64) for centre in (-7.2, -1.2, 4.8)]
-    )
-    y = 0.5 * torch.sin(x) + 0.02 * x.square() + 0.05 * torch.randn(x.shape, generator=generator, dtype=torch.float64)
-    return x, y - y.mean(), "generated (agw1d is not at hand)"
 
 
 def trained(x: Tensor, y: Tensor, steps: int, seed: int) -> nn.Module:
@@ -180,14 +164,12 @@ def figure(comparison: Comparison, models: dict[str, object], path: Path) -> Non
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--data", type=Path, default=Path(__file__).resolve().parents[1] / ".." / "shared" / "data")
-    parser.add_argument("--out", type=Path, default=Path("docs/results"))
+    parser = common.parser(__doc__, quick="a few steps: no result")
     parser.add_argument("--steps", type=int, default=STEPS)
     parser.add_argument("--at", default="theta_map", choices=("theta_map", "theta_star"))
     parser.add_argument("--seed", type=int, default=2147483647)
-    arguments = parser.parse_args()
-    x, y, source = load(arguments.data)
+    arguments = common.parse(parser, steps=100)
+    x, y, source = common.agw1d(arguments.data)
     start = time.perf_counter()
     net = trained(x, y, arguments.steps, arguments.seed)
     training = time.perf_counter() - start
@@ -223,9 +205,9 @@ def main() -> None:
     ]
     text = "\n".join(lines)
     print(text)
-    arguments.out.mkdir(parents=True, exist_ok=True)
-    (arguments.out / "approximations.md").write_text("# Approximations of the exact Laplace–GP\n\n" + text + "\n")
-    figure(comparison, shown, arguments.out / "approximations.png")
+    page = common.page_of(arguments, "approximations")
+    common.write(page, "# Approximations of the exact Laplace–GP\n\n" + text)
+    figure(comparison, shown, page.with_suffix(".png"))
 
 
 if __name__ == "__main__":

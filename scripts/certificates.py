@@ -8,21 +8,20 @@
    distribution; width of the interval over iterations of CG and of Nyström-preconditioned CG.
 3. N = 2000: width from 20 products with the kernel matrix, the final residual's included, and the evidence's interval.
 
-    python scripts/certificates.py [--cases 1000000] [--out docs/results]
+    python scripts/certificates.py [--quick] [--cases 1000000] [--out docs/results]
 """
 
 from __future__ import annotations
 
-import argparse
 import math
 import time
-from pathlib import Path
 
 import gpytorch
 import torch
 from gpytorch.constraints import Positive
 from torch import Tensor, nn
 
+import common
 import ntkgp
 from ntkgp.evaluation.plots import new_figure
 from ntkgp.evaluation.training import seeded, train
@@ -219,12 +218,11 @@ def twenty_products(seeds: int, axes) -> list[str]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = common.parser(__doc__, quick="few cases, one seed: no result", data=False)
     parser.add_argument("--cases", type=int, default=1_000_000)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--seeds", type=int, default=4, help="networks and data sets of the N = 400 and 2000 runs")
-    parser.add_argument("--out", type=Path, default=Path("docs/results"))
-    arguments = parser.parse_args()
+    arguments = common.parse(parser, cases=2000, seeds=1)
     found, worst, seconds = violations(arguments.cases, arguments.seed)
     figure, (left, right) = new_figure(1, 2, (10.0, 4.0))
     lines = [
@@ -250,9 +248,9 @@ def main() -> None:
     ]
     text = "\n".join(lines)
     print(text)
-    arguments.out.mkdir(parents=True, exist_ok=True)
-    (arguments.out / "certificates.md").write_text(text + "\n")
-    figure.savefig(arguments.out / "certificates.png", dpi=120)
+    page = common.page_of(arguments, "certificates")
+    common.write(page, text)
+    figure.savefig(page.with_suffix(".png"), dpi=120)
 
 
 if __name__ == "__main__":

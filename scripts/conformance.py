@@ -10,7 +10,6 @@ on one core.
 
 from __future__ import annotations
 
-import argparse
 import json
 import sys
 import warnings
@@ -20,6 +19,7 @@ from typing import Any
 
 import torch
 
+import common
 from ntkgp import laws
 from ntkgp.laws.__main__ import make
 from ntkgp.laws.report import Report, Row
@@ -85,8 +85,7 @@ JUDGEMENTS: list[tuple[tuple[str, ...], tuple[str, ...] | None, str, str, str, s
         PARAMETRIC,
         BUG,
         '`functional_samples(..., pred_type="glm")` draws one ε for all inputs: moments at each input are right, '
-        "inputs "
-        "are correlated perfectly, and Thompson sampling or an expectation over several inputs is not.",
+        "inputs are correlated perfectly, and Thompson sampling or an expectation over several inputs is not.",
         "draws = fitted('diag').functional_samples(x[:2], n_samples=2000)\n"
         "[float(torch.corrcoef(draws[..., 0].T)[0, 1]), fitted('diag')(x[:2], joint=True)[1][0, 3]]",
         "the first is the correlation of the draws, the second the covariance that they should have",
@@ -105,8 +104,7 @@ JUDGEMENTS: list[tuple[tuple[str, ...], tuple[str, ...] | None, str, str, str, s
         None,
         BUG,
         "`fit` puts the network into evaluation mode and leaves it there, and writes `output_size` on it; no word of "
-        "it. "
-        "(The last-layer classes copy the network.)",
+        "it. (The last-layer classes copy the network.)",
         "net = copy.deepcopy(problem('plain').net).train(); Laplace(net, 'regression', 'all', 'diag').fit(loader)\n"
         "[net.training, hasattr(net, 'output_size')]",
         "[True, False] is right",
@@ -141,8 +139,7 @@ JUDGEMENTS: list[tuple[tuple[str, ...], tuple[str, ...] | None, str, str, str, s
         ("subnetwork",),
         BUG,
         "A precision for each weight is documented, but the setter takes 1, T or P numbers and the posterior 1 or as "
-        "many "
-        "as the subnetwork has weights. So it is tried with one.",
+        "many as the subnetwork has weights. So it is tried with one.",
         "indices = torch.arange(1, 179, 5); own = torch.full((36,), 2.0)\n"
         "fitted('full', subset='subnetwork', subnetwork_indices=indices, prior_precision=own)(x)[1].shape",
         "(6, 3, 3) is right",
@@ -152,8 +149,7 @@ JUDGEMENTS: list[tuple[tuple[str, ...], tuple[str, ...] | None, str, str, str, s
         ("functional, subset",),
         DEFINITION,
         "The prior variance is multiplied with M/N for M of N data, on purpose (`gp_kernel_prior_variance`): fewer "
-        "data "
-        "then give smaller error bars far from them. B9 also has the exchanged outputs.",
+        "data then give smaller error bars far from them. B9 also has the exchanged outputs.",
         "a, b = (fitted('gp', n_subset=m, sigma_noise=1e6)(x)[1] for m in (5, 20))\nfloat((a / b).mean())",
         "noise without end leaves the prior: 1 is right",
     ),
@@ -190,8 +186,7 @@ JUDGEMENTS: list[tuple[tuple[str, ...], tuple[str, ...] | None, str, str, str, s
         ("ELLA",),
         DEFINITION,
         "One output of each landmark, drawn at random, as in the paper: with C outputs a third of what the data say, "
-        "at "
-        "C = 3, is projected away, and the variance with it.",
+        "at C = 3, is projected away, and the variance with it.",
         "la = fitted('gp', functional_approximation='nystrom', subsample_size=20, n_eigenvalues=20)\n"
         "float((la(problem('normalised').x)[1] / fitted('full')(problem('normalised').x)[1]).diagonal(dim1=1, "
         "dim2=2).min())",
@@ -213,9 +208,8 @@ JUDGEMENTS: list[tuple[tuple[str, ...], tuple[str, ...] | None, str, str, str, s
         ("U4",),
         ("VaLLA",),
         DEFINITION,
-        "A second `fit` resets the variational factor, as documented, and goes on with the precision and noise "
-        "learned by "
-        "the first.",
+        "A second `fit` resets the variational factor, as documented, and goes on with the precision and noise learned "
+        "by the first.",
         "z = {'inducing_locations': problem('normalised').x[:3], 'functional_approximation': 'variational'}; "
         "la = fitted('gp', **z); first = float(la.prior_precision); la.fit(loader)\n"
         "[first, float(la.prior_precision)]",
@@ -235,10 +229,12 @@ JUDGEMENTS: list[tuple[tuple[str, ...], tuple[str, ...] | None, str, str, str, s
 ]
 
 
-def dumped(kept: dict[str, Any]) -> str:
-    """JSON with a row a line."""
+def save(kept: dict[str, Any], path: Path) -> None:
+    """As JSON with a row a line."""
     text = json.dumps(kept, ensure_ascii=False)
-    return text.replace("], [", "],\n[").replace('"structures"', '\n"structures"') + "\n"
+    with common.replacing(path) as part:
+        text = text.replace("], [", "],\n[").replace('"structures"', '\n"structures"') + "\n"
+        part.write_text(text, encoding="utf-8")
 
 
 def measure(names: list[str], kept: dict[str, Any], path: Path) -> None:
@@ -254,7 +250,7 @@ def measure(names: list[str], kept: dict[str, Any], path: Path) -> None:
             found["structures"][structure] = [
                 [row.law, row.problem, row.outcome, row.error, row.tolerance, row.reason] for row in rows
             ]
-            path.write_text(dumped(kept))
+            save(kept, path)
 
 
 def reproduce(kept: dict[str, Any], path: Path) -> None:
@@ -272,7 +268,7 @@ def reproduce(kept: dict[str, Any], path: Path) -> None:
             text = str(error).strip() or "no message"
             found = f"{type(error).__name__}: {text.splitlines()[0][:100]}"
         kept["reproductions"][lines] = found
-        path.write_text(dumped(kept))
+        save(kept, path)
 
 
 def report_of(library: dict[str, Any]) -> Report:
@@ -318,15 +314,12 @@ def page(kept: dict[str, Any]) -> str:
         "# Which laws hold", "",
         "Made by `python scripts/conformance.py`, in an environment with laplace-torch.", "",
         "A network linearised at its trained weights is a linear model: its posterior, its evidence and its "
-        "invariances "
-        "are identities, which `ntkgp.laws` compares with dense float64 algebra (`torch.func.jacrev`, full matrices). "
-        "The networks are trained and have three hidden layers, three outputs and, but for two of them, a normaliser; "
-        "hyper-parameters are given. Mistakes that one hidden layer or one output hide show there. Any library can be "
-        "put to it: an adapter is one class with `fit(task)` (`ntkgp.laws.Adapter`), and a method that it lacks "
-        "makes a "
-        "law not applicable. `python -m ntkgp.laws --list` prints the laws, `python -m ntkgp.laws --adapter ntkgp` "
-        "runs "
-        "them.", "",
+        "invariances are identities, which `ntkgp.laws` compares with dense float64 algebra (`torch.func.jacrev`, full "
+        "matrices). The networks are trained and have three hidden layers, three outputs and, but for two of them, a "
+        "normaliser; hyper-parameters are given. Mistakes that one hidden layer or one output hide show there. Any "
+        "library can be put to it: an adapter is one class with `fit(task)` (`ntkgp.laws.Adapter`), and a method that "
+        "it lacks makes a law not applicable. `python -m ntkgp.laws --list` prints the laws, `python -m ntkgp.laws "
+        "--adapter ntkgp` runs them.", "",
         f"{versions}. ✓ holds on all problems, **✗** does not on at least one, *error* is an exception in place of a "
         "number, an empty cell says nothing: not claimed, or no law for this approximation.", "",
         "| library | holds | fails | raises | not applicable |", "| --- | --: | --: | --: | --: |",
@@ -350,25 +343,24 @@ NOTE = [
 ]
 LIMITS = [
     "## What this is not", "",
-    "Laws say that numbers are what their definitions say, not that they are good error bars: see "
-    "[the comparison on UCI sets](uci.md). The problems are small, so that nothing is said of speed or memory: see "
-    "[performance](../performance.md). An empty cell is no defect. U3 says little of the comparators, which are "
-    "made anew for each evaluation of their evidence. K-FAC is compared only where all its definitions "
-    "are "
-    "one matrix (no biases in hidden layers); [agreement with laplace-torch](laplace_torch.md) has the links and the "
-    "tuned precisions, the [errata](../errata.md) the reasons.",
+    "Laws say that numbers are what their definitions say, not that they are good error bars: see [the comparison on "
+    "UCI sets](uci.md). The problems are small, so that nothing is said of speed or memory: see "
+    "[performance](../performance.md). An empty cell is no defect. U3 says little of the comparators, which are made "
+    "anew for each evaluation of their evidence. K-FAC is compared only where all its definitions are one matrix (no "
+    "biases in hidden layers); [agreement with laplace-torch](laplace_torch.md) has the links and the tuned "
+    "precisions, the [errata](../errata.md) the reasons.",
 ]  # fmt: skip
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, default=Path("docs/results"))
+    parser = common.parser(__doc__, data=False)
     parser.add_argument("--adapters", nargs="+", default=["laplace-torch", "ntkgp", "baselines"])
     parser.add_argument("--render", action="store_true", help="only write the page again")
     arguments = parser.parse_args()
     path = arguments.out / "conformance.json"
-    arguments.out.mkdir(parents=True, exist_ok=True)
-    kept = json.loads(path.read_text()) if path.exists() else {"versions": {}, "libraries": {}, "reproductions": {}}
+    kept: dict[str, Any] = {"versions": {}, "libraries": {}, "reproductions": {}}
+    if path.exists():
+        kept = json.loads(path.read_text(encoding="utf-8"))
     if not arguments.render:
         try:
             kept["versions"] = {name: version(name) for name in PACKAGES}
@@ -381,7 +373,7 @@ def main() -> None:
         warnings.simplefilter("ignore")
         measure(arguments.adapters, kept, path)
         reproduce(kept, path)
-    (arguments.out / "conformance.md").write_text(page(kept))
+    common.write(arguments.out / "conformance.md", page(kept))
     broken = [row for library in kept["libraries"].values() for row in report_of(library).broken]
     print(f"{len(broken)} rows that fail or raise")
 

@@ -9,14 +9,13 @@ image in the file, so three things are checked instead:
   posterior variance should lie in the wedge of directions that no ray looked across. Reported is the posterior variance
   relative to the prior's, for frequencies inside and outside of what was measured.
 
-    python scripts/ct_helsinki.py [--phantom ta | tb] [--size 128] [--data FOLDER] [--out docs/results]
+    python scripts/ct_helsinki.py [--quick] [--phantom ta | tb] [--size 128] [--data FOLDER] [--out docs/results]
 
 FOLDER holds ct/htc2022/<phantom>_category7.mat; without it the script says so and stops.
 """
 
 from __future__ import annotations
 
-import argparse
 import csv
 import math
 import time
@@ -26,7 +25,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-import reading
+import common
 from ntkgp.cli.ct import CTOptions, PredictiveCheck, Scan, Tomogram, predictive_check, reconstruct
 from ntkgp.evaluation.plots import new_figure
 from ntkgp.inverse import FanBeam, RayTransform, load_sinogram
@@ -171,23 +170,20 @@ def draw(path: Path, used: Sinogram, found: Tomogram, wedge: Spectrum, tv: Tenso
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--data", type=Path, default=Path(__file__).resolve().parents[1] / ".." / "shared" / "data")
-    parser.add_argument("--out", type=Path, default=Path("docs/results"))
+    parser = common.parser(__doc__, quick="few pixels and iterations: no result")
     parser.add_argument("--phantom", choices=("ta", "tb"), default="ta")
     parser.add_argument("--size", type=int, default=128)
     parser.add_argument("--norm", choices=("group", "none"), default="none")
     parser.add_argument("--groups", choices=("single", "block"), default="single")
     parser.add_argument("--iterations", type=int, default=20_000)
     parser.add_argument("--max-memory", default="5GiB")
-    arguments = parser.parse_args()
-    path = arguments.data / "ct" / "htc2022" / f"{arguments.phantom}_category7.mat"
-    if not path.is_file():
-        print(f"skipped: no {path}")
+    arguments = common.parse(parser, size=32, iterations=60)
+    file = f"ct/htc2022/{arguments.phantom}_category7.mat"
+    if common.absent(arguments.data, file):
         return
     torch.set_num_threads(1)
     size, start = arguments.size, time.perf_counter()
-    whole = load_sinogram(path, (size, size), binning=BINNING)
+    whole = load_sinogram(arguments.data / file, (size, size), binning=BINNING)
     used, between, beyond = whole[:USED:2], whole[1:USED:6], whole[USED + 1 :: 2]
     assert isinstance(used.geometry, FanBeam)
     options = CTOptions(
@@ -207,10 +203,10 @@ def main() -> None:
     tv = tv_reference(used.data, RayTransform(used.geometry), float(model.noise_variance.mean().sqrt()))
     text = page(arguments.phantom, used, found, checks, wedge, time.perf_counter() - start)
     print(text)
-    arguments.out.mkdir(parents=True, exist_ok=True)
-    reading.write(arguments.out / "ct_helsinki.md", text)
-    write_csv(arguments.out / "ct_helsinki.csv", checks, wedge)
-    draw(arguments.out / "ct_helsinki.png", used, found, wedge, tv.mean)
+    written = common.page_of(arguments, "ct_helsinki")
+    common.write(written, text)
+    write_csv(written.with_suffix(".csv"), checks, wedge)
+    draw(written.with_suffix(".png"), used, found, wedge, tv.mean)
 
 
 if __name__ == "__main__":

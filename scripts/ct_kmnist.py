@@ -34,8 +34,6 @@ already has is not computed again: an interrupted run goes on when it is called 
 
 from __future__ import annotations
 
-import argparse
-import csv
 import importlib.util
 import logging
 import math
@@ -53,6 +51,7 @@ from gpytorch.constraints import Positive
 from gpytorch.likelihoods import GaussianLikelihood
 from torch import Tensor
 
+import common
 import ntkgp
 from ntkgp.evaluation.metrics.images import FLOORS, oracle_log_likelihood, psnr, score_image, ssim
 from ntkgp.evaluation.plots import COLORS, new_figure
@@ -221,33 +220,13 @@ def number(value: Any) -> Any:
 
 def load(path: Path) -> list[Row]:
     """Rows of a CSV file, or none."""
-    if not path.is_file():
-        return []
-    with path.open(encoding="utf-8", newline="") as file:
-        return [
-            {key: number(value) for key, value in row.items() if value != ""} | {"part": row["part"]}
-            for row in csv.DictReader(file)
-        ]
-
-
-def save(rows: list[Row], path: Path) -> None:
-    """Write all rows, atomically."""
-    names = list(dict.fromkeys(name for row in rows for name in row))
-    part = path.with_suffix(".part")
-    with part.open("w", encoding="utf-8", newline="") as file:
-        writer = csv.DictWriter(file, names)
-        writer.writeheader()
-        for row in rows:
-            writer.writerow({k: f"{v:.6g}" if isinstance(v, float) else v for k, v in row.items()})
-    part.replace(path)
+    rows = common.read_rows(path)
+    return [{key: number(value) for key, value in row.items()} | {"part": row["part"]} for row in rows]
 
 
 def mean_error(values: list[float]) -> tuple[float, float]:
-    """Mean and standard error over glyphs."""
-    found = np.array([v for v in values if isinstance(v, float) and math.isfinite(v)])
-    if not len(found):
-        return math.nan, math.nan
-    return float(found.mean()), float(found.std(ddof=1) / math.sqrt(len(found))) if len(found) > 1 else math.nan
+    """Mean and standard error over glyphs, of what is finite."""
+    return common.mean_error(value for value in values if math.isfinite(value))
 
 
 class Results:
@@ -425,18 +404,14 @@ def draw(found: Results, path: Path) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--quick", action="store_true", help="two glyphs")
+    parser = common.parser(__doc__, quick="two glyphs")
     parser.add_argument("--glyphs", type=int, nargs="+", help="others than the 30")
     parser.add_argument("--angles", type=int, nargs="+", default=list(ANGLES))
     parser.add_argument("--nets", nargs="+", choices=[*NETS, REFERENCES, TRAINED], default=[*NETS, REFERENCES, TRAINED])
-    parser.add_argument("--data", type=Path, default=Path(__file__).resolve().parents[1] / ".." / "shared" / "data")
-    parser.add_argument("--out", type=Path, default=Path("docs/results"))
     parser.add_argument("--workers", type=int, default=2)
     parser.add_argument("--report", action="store_true", help="only write the report of what is there")
     arguments = parser.parse_args()
-    if not (arguments.data / "ct" / "kmnist_glyphs.npz").is_file():
-        print(f"skipped: no {arguments.data / 'ct' / 'kmnist_glyphs.npz'}")
+    if common.absent(arguments.data, "ct/kmnist_glyphs.npz"):
         return
     arguments.out.mkdir(parents=True, exist_ok=True)
     glyphs = arguments.glyphs or (GLYPHS[:2] if arguments.quick else GLYPHS)
@@ -457,7 +432,7 @@ def main() -> None:
         with multiprocessing.get_context("spawn").Pool(arguments.workers) as pool:
             for count, found in enumerate(pool.imap_unordered(work, jobs), 1):
                 rows += found
-                save(rows, path)
+                common.write_rows(path, rows)
                 glyph, angles, part = (found[0][key] for key in ("glyph", "angles", "part"))
                 seconds = time.perf_counter() - start
                 print(f"[{count}/{len(jobs)}] glyph {glyph}, {angles} angles, {part}: {seconds:.0f} s", flush=True)
@@ -466,7 +441,7 @@ def main() -> None:
     )
     text = report(results)
     print(text)
-    path.with_suffix(".md").write_text(text, encoding="utf-8")
+    common.write(path.with_suffix(".md"), text)
     draw(results, path.with_suffix(".png"))
 
 

@@ -8,15 +8,13 @@ The reference has errors of its own. Their standard deviation is half of the dif
 even and the odd views, smoothed over 9 × 9 pixels, and z-scores are of the error over both deviations together. Errors
 that both halves share (pixels, rings, the axis) are not in it.
 
-    python scripts/ct_tooth.py [--views 30] [--size 128] [--data FOLDER] [--out docs/results]
+    python scripts/ct_tooth.py [--quick] [--views 30] [--size 128] [--data FOLDER] [--out docs/results]
 
 FOLDER holds ct/tooth.npz; without it the script says so and stops. At most 8 GiB and 30 minutes on one core.
 """
 
 from __future__ import annotations
 
-import argparse
-import csv
 import resource
 import time
 from pathlib import Path
@@ -26,7 +24,7 @@ import torch
 from scipy.stats import spearmanr
 from torch import Tensor
 
-import reading
+import common
 from ntkgp.cli.ct import CTOptions, Scan, Tomogram, reconstruct
 from ntkgp.evaluation.metrics.images import psnr, ssim
 from ntkgp.evaluation.plots_images import image_report
@@ -127,18 +125,15 @@ def page(scan: Scan, found: Tomogram, reference: Reference, rows: list[dict[str,
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--data", type=Path, default=Path(__file__).resolve().parents[1] / ".." / "shared" / "data")
-    parser.add_argument("--out", type=Path, default=Path("docs/results"))
+    parser = common.parser(__doc__, quick="few pixels and iterations: no result")
     parser.add_argument("--views", type=int, default=30)
     parser.add_argument("--size", type=int, default=128)
     parser.add_argument("--norm", choices=("group", "none"), default="none")
     parser.add_argument("--groups", choices=("single", "block"), default="single")
     parser.add_argument("--iterations", type=int, default=20_000)
     parser.add_argument("--max-memory", default="5GiB")
-    arguments = parser.parse_args()
-    if not (arguments.data / "ct" / "tooth.npz").is_file():
-        print(f"skipped: no {arguments.data / 'ct' / 'tooth.npz'}")
+    arguments = common.parse(parser, size=32, iterations=60, views=10)
+    if common.absent(arguments.data, "ct/tooth.npz"):
         return
     torch.set_num_threads(1)
     options = CTOptions(
@@ -151,17 +146,14 @@ def main() -> None:
     rows = rows_of(scan, found)
     text = page(scan, found, reference, rows, time.perf_counter() - start)
     print(text)
-    arguments.out.mkdir(parents=True, exist_ok=True)
-    reading.write(arguments.out / "ct_tooth.md", text)
-    with (arguments.out / "ct_tooth.csv").open("w", encoding="utf-8", newline="") as file:
-        writer = csv.DictWriter(file, list(rows[0]))
-        writer.writeheader()
-        writer.writerows(rows)
+    written = common.page_of(arguments, "ct_tooth")
+    common.write(written, text)
+    common.write_rows(written.with_suffix(".csv"), rows)
     figure = image_report(
         found.image, found.sd.square() + reference.sd.square(), reference.image, floor=0.0, unit="per mm",
         title=f"tooth, {len(scan.y)} of 181 views; 'truth' is least squares of all, and the deviations hold its own",
     )  # fmt: skip
-    figure.savefig(arguments.out / "ct_tooth.png", dpi=120)
+    figure.savefig(written.with_suffix(".png"), dpi=120)
 
 
 if __name__ == "__main__":

@@ -14,7 +14,6 @@ NUTS needs numpyro (``pip install numpyro``); without it the panel says so.
 from __future__ import annotations
 
 import argparse
-import csv
 import math
 import os
 import time
@@ -28,6 +27,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import mse_loss
 
+import common
 import ntkgp
 from ntkgp.baselines import (
     L2M,
@@ -433,9 +433,7 @@ def introduction(results: dict[str, tuple[Problem, Found]], arguments: argparse.
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--quick", action="store_true", help="one data set, without NUTS and the Hessian-free Laplace")
-    parser.add_argument("--out", type=Path, default=Path("docs/results"))
+    parser = common.parser(__doc__, quick="one data set, without NUTS and the Hessian-free Laplace", data=False)
     parser.add_argument("--seed", type=int, default=0, help="of the first data set, which is the one of the figure")
     parser.add_argument("--sets", type=int, default=5)
     parser.add_argument("--steps", type=int, default=2000, help="of training")
@@ -458,7 +456,7 @@ def main() -> None:
                 found = run(p, {name: method for name, method in methods.items() if name not in SLOW})
             for name, (_, score) in found.items():
                 if score is not None:
-                    rows.append((kind, name, seed, *score))
+                    rows.append({"network": kind, "method": name, "data_set": seed, **score._asdict()})
                     if name not in SLOW:
                         scores.setdefault((kind, name), []).append(score)
             print(f"{kind}, data set {seed}: {time.process_time() - start:.0f} s", flush=True)
@@ -469,14 +467,11 @@ def main() -> None:
         lines += mean_table(scores, count)
     text = "\n".join(lines).rstrip()
     print(text)
-    arguments.out.mkdir(parents=True, exist_ok=True)
-    command = "Made by `python scripts/cubic.py" + " --quick" * arguments.quick + "`.\n\n![cubic](cubic.png)\n\n"
-    (arguments.out / "cubic.md").write_text("# The cubic, all methods side by side\n\n" + command + text + "\n")
-    with (arguments.out / "cubic.csv").open("w", newline="") as file:
-        writer = csv.writer(file)
-        writer.writerow(["network", "method", "data_set", *Score._fields])
-        writer.writerows([(*row[:3], *(f"{value:.6g}" for value in row[3:])) for row in rows])
-    draw(results, arguments.out / "cubic.png")
+    page = common.page_of(arguments, "cubic")
+    command = "Made by `python scripts/cubic.py" + " --quick" * arguments.quick + f"`.\n\n![cubic]({page.stem}.png)\n\n"
+    common.write(page, "# The cubic, all methods side by side\n\n" + command + text)
+    common.write_rows(page.with_suffix(".csv"), rows)
+    draw(results, page.with_suffix(".png"))
 
 
 if __name__ == "__main__":

@@ -36,11 +36,8 @@ wrote under "Reading" stays.
 
 from __future__ import annotations
 
-import argparse
-import csv
 import logging
 import math
-import re
 import time
 import warnings
 from dataclasses import dataclass, replace
@@ -56,8 +53,9 @@ from gpytorch.likelihoods import GaussianLikelihood
 from linear_operator.operators import DiagLinearOperator
 from torch import Tensor, nn
 
+import common
 import ntkgp
-from ct_kmnist import GLYPHS, measured, save
+from ct_kmnist import GLYPHS, measured
 from nets46k import CLASSES, NETS, NORMALISED, UNET, network
 from ntkgp.evaluation.comparison.scores import Predicted, Scale, score
 from ntkgp.evaluation.datasets import digits
@@ -106,11 +104,10 @@ def images(data: str, folder: Path, seed: int, sizes: Sizes) -> tuple[Data, Data
         return (found.x_train, found.labels_train), (found.x_test[: sizes.test], found.labels_test[: sizes.test])
     generator = torch.Generator().manual_seed(seed)
     parts = []
-    with np.load(folder / "images" / "mnist.npz") as file:
-        for kind, count in (("train", sizes.train), ("test", sizes.test)):
-            x, labels = (torch.from_numpy(file[f"{letter}_{kind}"]) for letter in "Xy")
-            rows = torch.randperm(len(labels), generator=generator)[:count]
-            parts.append((x[rows].float().unsqueeze(1) / 255, labels[rows].long()))
+    for kind, count in (("train", sizes.train), ("test", sizes.test)):
+        x, labels = common.images(folder, "mnist", kind)
+        rows = torch.randperm(len(labels), generator=generator)[:count]
+        parts.append((x[rows].float().unsqueeze(1) / 255, labels[rows]))
     return parts[0], parts[1]
 
 
@@ -258,12 +255,12 @@ class Results:
 
     def summary(self, problem: tuple[str, str], method: str, column: str) -> tuple[float, float]:
         """Mean and standard error over seeds."""
-        return mean_error(list(self.values(problem, method, column).values()))
+        return common.mean_error(self.values(problem, method, column).values())
 
     def difference(self, problem: tuple[str, str], first: str, second: str, column: str) -> tuple[float, float]:
         """Of a column, seed by seed: mean and standard error."""
         one, two = (self.values(problem, method, column) for method in (first, second))
-        return mean_error([one[seed] - two[seed] for seed in one.keys() & two.keys()])
+        return common.mean_error([one[seed] - two[seed] for seed in one.keys() & two.keys()])
 
     def precisions(self, problem: tuple[str, str], method: str) -> str:
         """Smallest and largest precision of the groups that are not pruned, geometric means, and how many are."""
@@ -280,22 +277,6 @@ class Results:
         if math.isclose(low, high):
             return f"{low:.3g}" + (f"; {np.mean(pruned):.1f} of {groups} pruned" if groups > 1 else "")
         return f"{low:.3g} … {high:.3g}; {np.mean(pruned):.1f} of {groups} pruned"
-
-
-def load(path: Path) -> list[Row]:
-    """Rows of a CSV file, or none; empty fields are left out."""
-    if not path.is_file():
-        return []
-    with path.open(encoding="utf-8", newline="") as file:
-        return [{name: value for name, value in row.items() if value != ""} for row in csv.DictReader(file)]
-
-
-def mean_error(values: list[float]) -> tuple[float, float]:
-    """Mean and standard error."""
-    if not values:
-        return math.nan, math.nan
-    found = np.array(values)
-    return float(found.mean()), float(found.std(ddof=1) / math.sqrt(len(found))) if len(found) > 1 else math.nan
 
 
 def word(mean: float, error: float) -> str:
@@ -385,16 +366,14 @@ def trend(found: Results) -> list[str]:
     return lines
 
 
-def page(found: Results, reading: str) -> str:
+def page(found: Results) -> str:
     """The page."""
     protocol = (__doc__ or "").split("\n    python ")[0].split("\n\n")
     lines = ["# Evidence at θ⋆ and at θ̃ on six architectures", "",
              *(part.replace("\n", " ").strip() + "\n" for part in protocol if part.strip()),
              "Command: `python scripts/evidence_ordering.py`. Mean ± standard error over seeds. λ: geometric means "
              "over seeds, for many precisions of the smallest and the largest that are not pruned. Seconds of one "
-             "core, for the fit of the evidence once the Grams are there.", ""]  # fmt: skip
-    if reading:
-        lines += ["## Reading", "", reading, ""]
+             "core, for the fit of the evidence once the Grams are there.", "", common.READING, ""]  # fmt: skip
     lines += ["## Orderings", "", "Differences of test NLL, seed by seed; negative is better.", "",
               *orderings(found, "nll"), "", *counts(found, "nll"), "",
               "After a temperature for every row, which takes out how over- or under-confident it is on the whole:", "",
@@ -439,10 +418,8 @@ def jobs_of(folder: Path, seeds: int, nets: list[str]) -> list[tuple[str, str, i
     """Data, network and seed of all jobs, seed by seed; says what is left out."""
     sets = ["digits"]
     for data, file in (("MNIST", "images/mnist.npz"), ("glyphs", "ct/kmnist_glyphs.npz")):
-        if (folder / file).is_file():
+        if not common.absent(folder, file, what=f"skipped {data}"):
             sets.insert(0, data)
-        else:
-            print(f"skipped {data}: no {folder / file}")
     chosen = sorted(GLYPHS, key=lambda glyph: (glyph % 30, glyph))
     found = []
     for seed in range(seeds):
@@ -454,18 +431,15 @@ def jobs_of(folder: Path, seeds: int, nets: list[str]) -> list[tuple[str, str, i
 
 
 def main(arguments: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--quick", action="store_true", help="a tenth of the images, two seeds: no result")
+    parser = common.parser(__doc__, quick="a tenth of the images, two seeds: no result")
     parser.add_argument("--seeds", type=int, default=5)
     parser.add_argument("--nets", nargs="+", choices=[*NETS, "U-Net"], default=[*NETS, "U-Net"])
-    parser.add_argument("--data", type=Path, default=Path(__file__).resolve().parents[1] / ".." / "shared" / "data")
-    parser.add_argument("--out", type=Path, default=Path("docs/results"))
     parser.add_argument("--report", action="store_true", help="only write the report of what is there")
     given = parser.parse_args(arguments)
-    given.out.mkdir(parents=True, exist_ok=True)
-    path = given.out / ("evidence_ordering_quick.csv" if given.quick else "evidence_ordering.csv")
+    written = common.page_of(given, "evidence_ordering")
+    path = written.with_suffix(".csv")
     sizes = QUICK if given.quick else Sizes()
-    rows = load(path)
+    rows = common.read_rows(path)
     done = {(row["data"], row["net"], int(row["seed"])) for row in rows}
     wanted = [] if given.report else jobs_of(given.data, given.seeds, given.nets)
     jobs = [job for job in wanted if job not in done and not (given.quick and job[0] in TREND)]
@@ -480,15 +454,12 @@ def main(arguments: list[str] | None = None) -> None:
             else:
                 found = classification(data, net, seed, given.data, sizes)
         rows += [{"data": data, "net": net, "seed": seed, **row} for row in found]
-        save(rows, path)
+        common.write_rows(path, rows)
         print(f"[{count}/{len(jobs)}] {net}, {data}, {seed}: {time.perf_counter() - start:.0f} s", flush=True)
     order = [*((data, net) for data in ("digits", "MNIST", *TREND) for net in NETS), ("glyphs", "U-Net")]
     results = Results(sorted(rows, key=lambda row: (order.index((row["data"], row["net"])), int(row["seed"]))))
-    written = path.with_suffix(".md")
-    old = written.read_text(encoding="utf-8") if written.is_file() else ""
-    kept = re.search(r"^## Reading\n\n(.*?)\n+(?=## )", old, re.MULTILINE | re.DOTALL)
-    written.write_text(page(results, kept[1] if kept else "") + "\n", encoding="utf-8")
-    draw(results, path.with_suffix(".png"))
+    common.write(written, page(results))
+    draw(results, written.with_suffix(".png"))
 
 
 if __name__ == "__main__":

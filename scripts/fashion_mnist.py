@@ -9,23 +9,22 @@ the ROC curve that the predictive entropy has in telling MNIST from Fashion-MNIS
 Sixty epochs without a schedule leave the network over-confident, which is where error bars help; one that is stopped
 earlier (--epochs) is better calibrated and gains less.
 
-    python scripts/fashion_mnist.py [--data FOLDER] [--out docs/results] [--epochs 60] [--inducing 100]
+    python scripts/fashion_mnist.py [--quick] [--data FOLDER] [--out docs/results] [--epochs 60] [--inducing 100]
 
 FOLDER holds images/fashion_mnist.npz and images/mnist.npz; without them the script says so and stops.
 """
 
 from __future__ import annotations
 
-import argparse
 import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
+import common
 import ntkgp
 from ntkgp.evaluation.metrics import accuracy, categorical_nll, expected_calibration_error, ood_auc, predictive_entropy
 from ntkgp.evaluation.plots import new_figure, reliability_diagram
@@ -63,23 +62,15 @@ class Row(NamedTuple):
     predict: float
 
 
-def load(folder: Path) -> Images | None:
-    paths = [folder / "images" / f"{name}.npz" for name in ("fashion_mnist", "mnist")]
-    if not all(path.is_file() for path in paths):
-        return None
-    fashion, mnist = (np.load(path) for path in paths)
+def load(folder: Path) -> Images:
+    def rows(name: str, kind: str) -> tuple[Tensor, Tensor]:
+        images, labels = common.images(folder, name, kind)
+        return images.float().flatten(1) / 255, labels
 
-    def rows(images: np.ndarray) -> Tensor:
-        return torch.from_numpy(images).float().flatten(1) / 255
-
-    def labels(values: np.ndarray) -> Tensor:
-        return torch.from_numpy(values).long()
-
-    x, y = rows(fashion["X_train"]), labels(fashion["y_train"])
-    return Images(
-        x[:-VALIDATION], y[:-VALIDATION], x[-VALIDATION:], y[-VALIDATION:], rows(fashion["X_test"]),
-        labels(fashion["y_test"]), rows(mnist["X_test"]),
-    )  # fmt: skip
+    x, y = rows("fashion_mnist", "train")
+    x_other, _ = rows("mnist", "test")
+    test = rows("fashion_mnist", "test")
+    return Images(x[:-VALIDATION], y[:-VALIDATION], x[-VALIDATION:], y[-VALIDATION:], *test, x_other)
 
 
 def trained(data: Images, epochs: int) -> nn.Module:
@@ -201,29 +192,25 @@ def page(bench: Bench, epochs: int, precision: Tensor, first: Tensor, asked: flo
     return "\n".join(lines)
 
 
-def write(bench: Bench, text: str, out: Path) -> None:
+def write(bench: Bench, text: str, page: Path) -> None:
     """The page, and a reliability diagram of each method."""
-    out.mkdir(parents=True, exist_ok=True)
-    (out / "fashion_mnist.md").write_text("# Fashion-MNIST\n\n" + text + "\n")
+    common.write(page, "# Fashion-MNIST\n\n" + text)
     figure, axes = new_figure(2, 3, (12.0, 7.5))
     for ax, (name, probabilities) in zip(axes, bench.probabilities.items(), strict=False):
         reliability_diagram({name: probabilities}, bench.data.y_test, ax=ax)
     for ax in axes[len(bench.probabilities) :]:
         ax.set_axis_off()
-    figure.savefig(out / "fashion_mnist.png", dpi=110)
+    figure.savefig(page.with_suffix(".png"), dpi=110)
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--data", type=Path, default=Path(__file__).resolve().parents[1] / ".." / "shared" / "data")
-    parser.add_argument("--out", type=Path, default=Path("docs/results"))
+    parser = common.parser(__doc__, quick="one epoch, a few inducing images: no result")
     parser.add_argument("--epochs", type=int, default=60)
     parser.add_argument("--inducing", type=int, default=100)
-    arguments = parser.parse_args()
-    data = load(arguments.data)
-    if data is None:
-        print(f"{arguments.data}/images/fashion_mnist.npz or mnist.npz is not there: nothing done")
+    arguments = common.parse(parser, epochs=1, inducing=10)
+    if common.absent(arguments.data, "images/fashion_mnist.npz", "images/mnist.npz"):
         return
+    data = load(arguments.data)
     begun = time.perf_counter()
     net = trained(data, arguments.epochs)
     training = time.perf_counter() - begun
@@ -240,7 +227,7 @@ def main() -> None:
     precision = torch.cat([model.kernel.precision.detach(), by_bound.kernel.precision.detach()])
     text = page(bench, arguments.epochs, precision, first, asked)
     print("\n" + text)
-    write(bench, text, arguments.out)
+    write(bench, text, common.page_of(arguments, "fashion_mnist"))
 
 
 if __name__ == "__main__":

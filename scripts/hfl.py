@@ -14,9 +14,7 @@ sampling noise beyond that of the data sets.
 
 from __future__ import annotations
 
-import argparse
 import copy
-import math
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -26,8 +24,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import vector_to_parameters
 
+import common
 import ntkgp
-import reading
 from ntkgp.baselines import DeepEnsemble
 from ntkgp.baselines.hessian_free import Drift, HessianFreeLaplace
 from ntkgp.evaluation.plots import new_figure, predictive_bands
@@ -215,11 +213,6 @@ def coverage(found: Latent, truth: Tensor) -> tuple[Tensor, Tensor]:
     return torch.special.ndtr(upper) - torch.special.ndtr(lower), 2 * half
 
 
-def mean_and_error(values: Tensor) -> tuple[float, float]:
-    """Over data sets."""
-    return float(values.mean()), float(values.std() / math.sqrt(len(values))) if len(values) > 1 else math.nan
-
-
 def table(problem: str, sets: list[Found], grid: Tensor) -> list[str]:
     """Coverage and width of each method by region."""
     truth, where = PROBLEMS[problem](grid[:, 0]), grid[:, 0].abs()
@@ -230,8 +223,8 @@ def table(problem: str, sets: list[Found], grid: Tensor) -> list[str]:
         each = [coverage(one.predictions[method], truth) for one in sets]
         cells = []
         for rows in inside.values():
-            covered, error = mean_and_error(torch.stack([pair[0][rows].mean() for pair in each]))
-            width, spread = mean_and_error(torch.stack([pair[1][rows].mean() for pair in each]))
+            covered, error = common.mean_error(torch.stack([pair[0][rows].mean() for pair in each]))
+            width, spread = common.mean_error(torch.stack([pair[1][rows].mean() for pair in each]))
             cells += [f"{100 * covered:.1f} ± {100 * error:.1f} %", f"{width:.2f} ± {spread:.2f}"]
         lines.append(f"| {method} | {' | '.join(cells)} |")
     negative = [100 * one.negative for one in sets]
@@ -265,14 +258,12 @@ def draw(studies: dict[str, list[Found]], grid: Tensor, path: Path) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--quick", action="store_true", help="one data set, nine inputs, one step: no result")
-    parser.add_argument("--out", type=Path, default=Path("docs/results"))
+    parser = common.parser(__doc__, quick="one data set, nine inputs, one step: no result", data=False)
     parser.add_argument("--seed", type=int, default=0, help="of the first data set")
     parser.add_argument("--sets", type=int, default=6, help="data sets of each problem")
     arguments = parser.parse_args()
     start = time.process_time()
-    quick = arguments.quick
+    quick, page = arguments.quick, common.page_of(arguments, "hfl")
     count, steps, points = (1, 200, 9) if quick else (arguments.sets, 2000, 49)
     grid = torch.linspace(-4, 4, points, dtype=torch.float64).unsqueeze(-1)
     limits = Limits(arguments.seed, steps).lines(
@@ -286,7 +277,7 @@ def main() -> None:
     tables = [line for problem, sets in studies.items() for line in table(problem, sets, grid)]
     lines = [
         "# Hessian-free Laplace", "", f"Made by `python scripts/hfl.py{' --quick' * quick}`.", "",
-        "![bands of HFL, amortised HFL, Laplace, ntkgp and an ensemble](hfl.png)", "",
+        f"![bands of HFL, amortised HFL, Laplace, ntkgp and an ensemble]({page.stem}.png)", "",
         *(part.replace("\n", " ") + "\n" for part in (__doc__ or "").split("\n\n")[1:3]),
         *limits, "## What they cover", "",
         f"{count} data sets of each problem; mean ± s.e. over them. All but the last two rows have the same mean (the "
@@ -298,9 +289,7 @@ def main() -> None:
     ]  # fmt: skip
     text = "\n".join(lines)
     print(text)
-    arguments.out.mkdir(parents=True, exist_ok=True)
-    page = arguments.out / ("hfl" + "_quick" * quick + ".md")
-    reading.write(page, text)
+    common.write(page, text)
     draw(studies, grid, page.with_suffix(".png"))
 
 

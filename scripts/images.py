@@ -23,7 +23,6 @@ predictions are kept in the work folder: an interrupted run goes on when it is c
 
 from __future__ import annotations
 
-import argparse
 import functools
 import math
 import multiprocessing
@@ -38,6 +37,7 @@ from typing import Any
 import torch
 from torch import nn
 
+import common
 import ntkgp
 from images_data import FILES, QUICK, SEVERITIES, Data, Images, Sizes
 from ntkgp.evaluation.comparison import Comparison, Method, Row, compare
@@ -210,9 +210,8 @@ def network_of(images: Images, sizes: Sizes, work: Path) -> nn.Module:
         net.load_state_dict(torch.load(path, weights_only=True))
         return net
     net = Trainer(sizes.epochs).new(images.train)
-    part = path.with_suffix(".part")
-    torch.save(net.state_dict(), part)
-    part.replace(path)
+    with common.replacing(path) as part:
+        torch.save(net.state_dict(), part)
     return net
 
 
@@ -351,7 +350,8 @@ class Report:
                  "Seconds are those of fit and prediction of all these images on one thread, beside another; the "
                  "network's own training is in none but those of ensemble (four more) and dropout (its own). *NLL, "
                  "temp.* is the NLL after the best temperature of the other half of the images. `*` best, `°` within "
-                 "one standard error of the best. Command: `python scripts/images.py`.", ""]  # fmt: skip
+                 f"one standard error of the best. Command: `python scripts/images.py{' --quick' * (s == QUICK)}`.",
+                 ""]  # fmt: skip
         for name in self.rows:
             part = Comparison([row for row in self.found.rows if row.data == name], "classification")
             lines += [f"## {name}", "", part.table_of(COLUMNS).to_markdown(), ""]
@@ -398,41 +398,38 @@ def _ordered(rows: list[Row]) -> list[Row]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--quick", action="store_true", help="a fiftieth of the images: two minutes, and no result")
-    parser.add_argument("--data", type=Path, default=Path(__file__).resolve().parents[1] / ".." / "shared" / "data")
-    parser.add_argument("--out", type=Path, default=Path("docs/results"))
+    parser = common.parser(__doc__, quick="a fiftieth of the images: some minutes, and no result")
     parser.add_argument("--work", type=Path, default=Path(tempfile.gettempdir()) / "ntkgp-images")
     parser.add_argument("--workers", type=int, default=2)
     arguments = parser.parse_args()
-    missing = [f for f in FILES.values() if not (arguments.data / "images" / f"{f}.npz").is_file()]
-    if missing:
-        print(f"skipped: no {', '.join(f'{f}.npz' for f in missing)} in {arguments.data / 'images'}")
+    if common.absent(arguments.data, *(f"images/{name}.npz" for name in FILES.values())):
         return
     sizes = QUICK if arguments.quick else Sizes()
-    work = arguments.work / sizes.digest
-    work.mkdir(parents=True, exist_ok=True)
+    work = arguments.work / common.digest(sizes)
     arguments.out.mkdir(parents=True, exist_ok=True)
-    common = (sizes, arguments.data, work)
+    shared = (sizes, arguments.data, work)
     start = time.perf_counter()
     os.environ.update({name: value for name, value in KEEPING.items() if name not in os.environ})
     rows: list[Row] = []
     parts: list[Row] = []
     images = {name: Images(name, arguments.data, sizes) for name in FILES}
-    path = arguments.out / ("images_quick.csv" if arguments.quick else "images.csv")
+    page = common.page_of(arguments, "images")
     with multiprocessing.get_context("spawn").Pool(arguments.workers) as pool:
-        pool.map(run, [(name, "", *common) for name in FILES], chunksize=1)
-        jobs = [(name, group, *common) for group in GROUPS for name in FILES]
+        pool.map(run, [(name, "", *shared) for name in FILES], chunksize=1)
+        jobs = [(name, group, *shared) for group in GROUPS for name in FILES]
         for count, (found, split) in enumerate(pool.imap_unordered(run, jobs), 1):
             rows, parts = rows + found, parts + split
             seconds = time.perf_counter() - start
             names = ", ".join(f"{row.method} ({row.seconds:.0f} s)" for row in found)
             print(f"[{count}/{len(jobs)}] {found[0].data}: {names}: {seconds:.0f} s", flush=True)
             report = Report(rows, parts, images, sizes)
-            report.found.to_csv(path)
-            path.with_suffix(".md").write_text(report.text(seconds), encoding="utf-8")
-    report.figure().savefig(path.with_suffix(".png"), dpi=110)
-    print(path.with_suffix(".md").read_text(encoding="utf-8"))
+            report.found.to_csv(page.with_suffix(".csv"))
+            common.write(page, report.text(seconds))
+        # Workers that end by themselves leave no locks behind.
+        pool.close()
+        pool.join()
+    report.figure().savefig(page.with_suffix(".png"), dpi=110)
+    print(page.read_text(encoding="utf-8"))
 
 
 if __name__ == "__main__":

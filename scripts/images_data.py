@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -10,6 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+import common
 from ntkgp.evaluation.shifts import COMMON_CORRUPTIONS, common_corruption, rotate
 
 FILES = {"MNIST": "mnist", "Fashion-MNIST": "fashion_mnist"}
@@ -42,11 +42,6 @@ class Sizes:
         """Of rotations, without 0."""
         return range(self.step, 181, self.step)
 
-    @property
-    def digest(self) -> str:
-        """A name for what was computed with these numbers."""
-        return hashlib.sha256(repr(self).encode()).hexdigest()[:10]
-
 
 QUICK = Sizes(
     train=400, held_out=200, test=100, other=50, rotated=10, corrupted=1, step=60, exact=30, inducing=10, landmarks=50
@@ -65,9 +60,9 @@ class Images:
 
         def part(of: str, kind: str, count: int) -> Data:
             """Some images drawn at random."""
-            images, labels = _load(folder, of, kind)
+            images, labels = common.images(folder, FILES[of], kind)
             rows = torch.randperm(len(labels), generator=generator)[:count]
-            return images[rows].float().unsqueeze(1) / 255, labels[rows].long()
+            return images[rows].float().unsqueeze(1) / 255, labels[rows]
 
         self.name = name
         x, y = part(name, "train", sizes.train + sizes.held_out)
@@ -89,10 +84,3 @@ class Images:
         self.x, self.y = (torch.cat([pair[i] for pair in parts.values()]) for i in (0, 1))
         ends = np.cumsum([len(labels) for _, labels in parts.values()]).tolist()
         self.pieces = dict(zip(parts, map(slice, [0, *ends[:-1]], ends), strict=True))
-
-
-def _load(folder: Path, name: str, kind: str) -> tuple[Tensor, Tensor]:
-    """Images (N, 28, 28) of bytes and labels (N,), of the training or the test part."""
-    with np.load(folder / "images" / f"{FILES[name]}.npz") as file:
-        images, labels = (torch.from_numpy(file[f"{letter}_{kind}"]) for letter in "Xy")
-    return images, labels

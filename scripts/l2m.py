@@ -4,14 +4,13 @@ y = x³ + noise of standard deviation 3, a network with two hidden layers of 40 
 prints the standard deviation of the weights, how much of their precision the data give, and how the corrected form
 compares with diag(Σ JᵀJ/σ²) + λ (Perone et al. 2021).
 
-    python scripts/l2m.py [--data FOLDER] [--out docs/results]
+    python scripts/l2m.py [--quick] [--data FOLDER] [--out docs/results]
 
 With FOLDER/toys/cubic_l2m.npz the 20 data of the figure are those.
 """
 
 from __future__ import annotations
 
-import argparse
 import time
 from pathlib import Path
 
@@ -20,26 +19,19 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import mse_loss
 
+import common
 from ntkgp.baselines.l2m import L2M
 from ntkgp.evaluation.plots import new_figure, predictive_bands
 from ntkgp.evaluation.training import seeded
 
 DECAY, BATCH, PRECISION = 0.1, 10, 1.0
 SIZES = (20, 200, 2000)
-READING = """
-Asked: the figure of the paper, error bars on x³ that are narrow at the data and wide beyond, from the optimiser's state
-alone. Found: as printed the bars are those of a prior that nobody chose (every weight has the standard deviation
-1/√10 of the decay 0.1, whatever the number of data), far too wide at the data, and their mean is that of sampled
-weights, not the network's. Corrected (N, batch size, noise and the prior's precision where they belong, predictions of
-the tangent model) the shape is that of the figure, and the weights' variances are those of the diagonal Gauss-Newton
-matrix to a factor of two for most weights. Both forms beside all other methods, with scores over five data sets:
-[the cubic](cubic.md). The data of the paper's figure are not published; these are 20 points of its formula."""
 
 
-def load(folder: Path | None, n: int, seed: int) -> tuple[Tensor, Tensor]:
+def load(folder: Path, n: int, seed: int) -> tuple[Tensor, Tensor]:
     """Some points of the cubic on [-4, 4]; the published 20 where they are at hand."""
-    path = folder / "toys" / "cubic_l2m.npz" if folder is not None else None
-    if n == 20 and path is not None and path.is_file():
+    path = folder / "toys" / "cubic_l2m.npz"
+    if n == 20 and path.is_file():
         arrays = np.load(path)
         x, y = (torch.from_numpy(arrays[name]).double().reshape(-1, 1) for name in ("x", "y"))
         return x, y
@@ -73,12 +65,10 @@ def gauss_newton(l2m: L2M, x: Tensor) -> Tensor:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--data", type=Path, default=Path(__file__).resolve().parents[1] / ".." / "shared" / "data")
-    parser.add_argument("--out", type=Path, default=Path("docs/results"))
+    parser = common.parser(__doc__, quick="a few steps: no result")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--steps", type=int, default=4000)
-    arguments = parser.parse_args()
+    arguments = common.parse(parser, steps=50)
     start = time.perf_counter()
     grid = torch.linspace(-6, 6, 121, dtype=torch.float64).unsqueeze(-1)
     rows, bands, ratios = [], {}, []
@@ -119,16 +109,16 @@ def main() -> None:
     lines += [f"| {n} | {ratio:.3f} | {within:.1%} |" for n, ratio, within in ratios]
     text = "\n".join(lines)
     print(text)
-    arguments.out.mkdir(parents=True, exist_ok=True)
+    page = common.page_of(arguments, "l2m")
     head = "# L2M: as printed and corrected\n\nMade by `python scripts/l2m.py`.\n\n![bands on the cubic](l2m.png)\n\n"
-    (arguments.out / "l2m.md").write_text(head + text + "\n" + READING + "\n")
+    common.write(page, head + text)
     figure, axes = new_figure(1, 2, (9.0, 3.5))
     data = load(arguments.data, SIZES[0], arguments.seed)
     for ax, (name, (mean, variance)) in zip(axes, bands.items(), strict=True):
         predictive_bands(grid, mean, variance, data=data, truth=grid**3, ax=ax)
         ax.set_title(f"L2M, {name}, N = {SIZES[0]}")
         ax.set_ylim(-200, 200)
-    figure.savefig(arguments.out / "l2m.png", dpi=120)
+    figure.savefig(page.with_suffix(".png"), dpi=120)
 
 
 if __name__ == "__main__":

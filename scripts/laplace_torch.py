@@ -11,13 +11,11 @@ environment of its own: the head of tests/test_laplace_torch.py has the commands
 
 from __future__ import annotations
 
-import argparse
 import copy
 import logging
 import time
 import warnings
 from importlib.metadata import PackageNotFoundError, version
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -25,6 +23,7 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy, mse_loss
 from torch.utils.data import DataLoader, TensorDataset
 
+import common
 from ntkgp.baselines.laplace import Laplace
 from ntkgp.evaluation.training import seeded
 
@@ -287,8 +286,7 @@ def page(found: dict[str, list[list[Any]]], seconds: float) -> str:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, default=Path("docs/results"))
+    parser = common.parser(__doc__, data=False)
     arguments = parser.parse_args()
     try:
         version("laplace-torch")
@@ -306,9 +304,8 @@ def main() -> None:
     found = results(laplace)
     text = page(found, time.perf_counter() - start)
     print(text)
-    arguments.out.mkdir(parents=True, exist_ok=True)
     command = "Made by `python scripts/laplace_torch.py`, in an environment with laplace-torch.\n\n"
-    (arguments.out / "laplace_torch.md").write_text("# Agreement with laplace-torch\n\n" + command + text + "\n")
+    common.write(arguments.out / "laplace_torch.md", "# Agreement with laplace-torch\n\n" + command + text)
 
 
 if __name__ == "__main__":

@@ -4,14 +4,13 @@ Synthetic regression with a 2×50 tanh network, one precision per parameter tens
 pass over N = 10⁵ … 10⁶ rows, each in a process of its own, then the evidence of all precisions and noise without data.
 Then flight delays (nycflights13, 80 000 training rows): NLL and CRPS of the network alone and of its Gaussian process.
 
-    python scripts/one_pass.py [--data FOLDER] [--out docs/results] [--threads 1]
+    python scripts/one_pass.py [--quick] [--data FOLDER] [--out docs/results] [--threads 1]
 
 FOLDER holds misc/nycflights13_airline100k.npz; without it that part is skipped.
 """
 
 from __future__ import annotations
 
-import argparse
 import multiprocessing
 import resource
 import sys
@@ -24,6 +23,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+import common
 import ntkgp
 from ntkgp.evaluation.metrics import gaussian_crps, gaussian_nll, original_units, rmse
 from ntkgp.evaluation.plots import new_figure
@@ -216,19 +216,17 @@ def figure(results: list[dict[str, Any]], line: np.ndarray, path: Path) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = common.parser(__doc__, quick="a few thousand rows: no result")
     parser.add_argument("--sizes", nargs="+", type=float, default=[1e5, 2e5, 5e5, 1e6])
-    parser.add_argument("--data", type=Path, default=Path(__file__).resolve().parents[1] / ".." / "shared" / "data")
-    parser.add_argument("--out", type=Path, default=Path("docs/results"))
     parser.add_argument("--threads", type=int, default=1)
-    arguments = parser.parse_args()
+    arguments = common.parse(parser, sizes=[2000.0, 4000.0])
     results = scaling([int(size) for size in arguments.sizes], arguments.threads)
     text, line = scaling_table(results, arguments.threads)
     real = flights(arguments.data, arguments.threads)
     text = "\n\n".join(["# The one-pass evidence", text, *([real] if real else [])])
-    arguments.out.mkdir(parents=True, exist_ok=True)
-    (arguments.out / "one_pass.md").write_text(f"{text}\n")
-    figure(results, line, arguments.out / "one_pass.png")
+    page = common.page_of(arguments, "one_pass")
+    common.write(page, text)
+    figure(results, line, page.with_suffix(".png"))
     print(text)
 
 

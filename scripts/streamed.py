@@ -5,17 +5,14 @@ a DataLoader, once; precisions and noise come from the evidence alone. Rows: the
 training residuals, and {one λ, one λ per layer} × {mean = the network's output, mean = the posterior's}. NLL and RMSE
 are in original units; the last column is the share of test targets inside the central 95 % interval.
 
-    python scripts/streamed.py [--data FOLDER] [--out docs/results] [--sets protein te_kin40k]
+    python scripts/streamed.py [--quick] [--data FOLDER] [--out docs/results] [--sets protein te_kin40k]
 
 FOLDER holds uci/<name>.npz with the published splits; without it the script says so and stops.
 """
 
 from __future__ import annotations
 
-import argparse
-import csv
 import time
-from pathlib import Path
 
 import torch
 from gpytorch.constraints import GreaterThan
@@ -23,6 +20,7 @@ from gpytorch.likelihoods import GaussianLikelihood
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
+import common
 import ntkgp
 from ntkgp.evaluation.datasets import RegressionData, uci
 from ntkgp.evaluation.metrics import coverage, gaussian_nll, original_units, rmse
@@ -52,7 +50,7 @@ def evaluate(data: RegressionData, steps: int, max_memory: str) -> list[dict[str
     start = time.perf_counter()
     with seeded(0):
         net = network(x.shape[-1])
-    train(net, x, y, steps=steps, learning_rate=1e-2, weight_decay=1e-4, batch_size=1024)
+    train(net, x, y, steps=steps, learning_rate=1e-2, weight_decay=1e-4, batch_size=min(1024, len(x)))
     trained = time.perf_counter() - start
     with torch.no_grad():
         prediction, error = net(data.x_test), (net(x) - y).square().mean()
@@ -111,13 +109,11 @@ def table(rows: list[dict[str, object]]) -> str:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = common.parser(__doc__, quick="one small set, a few steps: no result")
     parser.add_argument("--sets", nargs="+", default=["protein", "te_kin40k"])
-    parser.add_argument("--data", type=Path, default=Path(__file__).resolve().parents[1] / ".." / "shared" / "data")
-    parser.add_argument("--out", type=Path, default=Path("docs/results"))
     parser.add_argument("--steps", type=int, default=4000)
     parser.add_argument("--max-memory", default="4GiB")
-    arguments = parser.parse_args()
+    arguments = common.parse(parser, sets=["te_autompg"], steps=50)
     try:
         sets = [uci(name, arguments.data) for name in arguments.sets]
     except FileNotFoundError as error:
@@ -126,16 +122,10 @@ def main() -> None:
     rows = [row for data in sets for row in evaluate(data.standard(0), arguments.steps, arguments.max_memory)]
     text = table(rows)
     print(text)
-    arguments.out.mkdir(parents=True, exist_ok=True)
-    columns = list(dict.fromkeys(key for row in rows for key in row))
-    with (arguments.out / "streamed.csv").open("w", newline="") as file:
-        writer = csv.DictWriter(file, columns)
-        writer.writeheader()
-        writer.writerows(rows)
-    title = (
-        "# Exact inference in weight space, streamed\n\n" + f"Float32 networks, {torch.get_num_threads()} thread(s)."
-    )
-    (arguments.out / "streamed.md").write_text(f"{title}\n{text}\n")
+    page = common.page_of(arguments, "streamed")
+    common.write_rows(page.with_suffix(".csv"), rows)
+    threads = f"Float32 networks, {torch.get_num_threads()} thread(s)."
+    common.write(page, f"# Exact inference in weight space, streamed\n\n{threads}\n{text}")
 
 
 if __name__ == "__main__":

@@ -24,8 +24,6 @@ computed is kept in the work folder: an interrupted run goes on when it is calle
 
 from __future__ import annotations
 
-import argparse
-import hashlib
 import io
 import json
 import math
@@ -40,9 +38,9 @@ import torch
 from torch import Tensor, nn
 from torch.distributions import Distribution
 
-import reading
+import common
 from images import Trainer
-from images_data import Images
+from images_data import FILES, Images
 from images_data import Sizes as ImageSizes
 from ntkgp.baselines import Laplace
 from ntkgp.evaluation.comparison.scores import Predicted, Scale, collect, score
@@ -276,9 +274,8 @@ class Turned:
 
 def over(jobs: list[Values], name: str, digits: int = 2, factor: float = 1.0) -> str:
     """Mean ± standard error over jobs."""
-    values = factor * torch.tensor([job[name] for job in jobs], dtype=torch.float64)
-    error = float(values.std()) / math.sqrt(len(values)) if len(values) > 1 else math.nan
-    return f"{float(values.mean()):.{digits}f} ± {error:.{digits}f}"
+    mean, error = common.mean_error(factor * job[name] for job in jobs)
+    return f"{mean:.{digits}f} ± {error:.{digits}f}"
 
 
 def methods_of(job: Values, score_name: str) -> list[str]:
@@ -334,7 +331,7 @@ def text(curves: list[Values], images: list[Values], quick: bool) -> str:
     parts = [part.replace("\n", " ") + "\n" for part in (__doc__ or "").split("\n\n")[1:3]]
     lines = [
         "# Subnetwork inference", "", f"Made by `python scripts/subnetwork.py{' --quick' * quick}`.", "",
-        "![bands in one dimension; NLL and ECE against the angle](subnetwork.png)", "", *parts,
+        f"![bands in one dimension; NLL and ECE against the angle](subnetwork{'_quick' * quick}.png)", "", *parts,
         f"## In one dimension, {len(curves)} data sets", "",
         "Mean ± s.e. over data sets. NLL and coverage are expected under the true density, averaged over the data's "
         "two intervals, the gap between them, or 0.3 beyond them. *Largest ratio*: the largest sd / sd of all weights "
@@ -403,35 +400,27 @@ def kept(path: Path, compute: Callable[[], Values]) -> Values:
         return json.loads(path.read_text(encoding="utf-8"))
     start = time.process_time()
     found = compute()
-    part = path.with_suffix(".part")
-    part.write_text(json.dumps(found), encoding="utf-8")
-    part.replace(path)
+    with common.replacing(path) as part:
+        part.write_text(json.dumps(found), encoding="utf-8")
     print(f"{path.stem}: {time.process_time() - start:.0f} s", flush=True)
     return found
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--quick", action="store_true", help="one small data set, some images: no result")
-    parser.add_argument("--data", type=Path, default=Path(__file__).resolve().parents[1] / ".." / "shared" / "data")
-    parser.add_argument("--out", type=Path, default=Path("docs/results"))
+    parser = common.parser(__doc__, quick="one small data set, some images: no result")
     parser.add_argument("--work", type=Path, default=Path(tempfile.gettempdir()) / "ntkgp-subnetwork")
     arguments = parser.parse_args()
     torch.set_num_threads(1)
     sizes = QUICK if arguments.quick else Sizes()
-    work = arguments.work / hashlib.sha256(repr(sizes).encode()).hexdigest()[:10]
-    for folder in (work, arguments.out):
-        folder.mkdir(parents=True, exist_ok=True)
+    work = arguments.work / common.digest(sizes)
     curves = [kept(work / f"curve{s}.json", lambda s=s: curve(s, sizes)) for s in range(sizes.sets)]  # type: ignore[misc]
     images: list[Values] = []
-    if all((arguments.data / "images" / f"{name}.npz").is_file() for name in ("mnist", "fashion_mnist")):
+    if not common.absent(arguments.data, *(f"images/{name}.npz" for name in FILES.values()), what="images skipped"):
         pictures = Images("MNIST", arguments.data, sizes.images)
         for seed in range(sizes.seeds):
             images.append(kept(work / f"images{seed}.json", lambda s=seed: Turned(pictures, s, sizes).run()))  # type: ignore[misc]
-    else:
-        print(f"images skipped: no mnist.npz and fashion_mnist.npz in {arguments.data / 'images'}")
-    page = arguments.out / ("subnetwork" + "_quick" * arguments.quick + ".md")
-    reading.write(page, text(curves, images, arguments.quick))
+    page = common.page_of(arguments, "subnetwork")
+    common.write(page, text(curves, images, arguments.quick))
     figure(curves, images, page.with_suffix(".png"))
     print(page.read_text(encoding="utf-8"))
 

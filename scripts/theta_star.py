@@ -5,23 +5,21 @@ running statistics follow the scale). The error bars should not depend on k eith
 {one precision, one per normalisation group} × {at the trained weights θ̃, at θ⋆} and prints the predictive standard
 deviation outside the data (Antorán et al. 2022).
 
-    python scripts/theta_star.py [--data FOLDER] [--out docs/results]
+    python scripts/theta_star.py [--quick] [--data FOLDER] [--out docs/results]
 
 With FOLDER/toys/agw1d.npz the data are those of the paper's illustration; otherwise similar ones are generated.
 """
 
 from __future__ import annotations
 
-import argparse
 import copy
 import time
-from pathlib import Path
 
 import gpytorch
-import numpy as np
 import torch
 from torch import Tensor, nn
 
+import common
 import ntkgp
 from ntkgp.evaluation.plots import new_figure, predictive_bands
 from ntkgp.evaluation.training import seeded, train
@@ -39,21 +37,6 @@ LABELS = {
     ("normalization", "theta_map"): "groups, θ̃",
     ("normalization", "theta_star"): "groups, θ⋆",
 }
-
-
-def load(folder: Path | None) -> tuple[Tensor, Tensor, str]:
-    """The published 1-D data where they are at hand, else three clusters of a smooth function."""
-    path = folder / "toys" / "agw1d.npz" if folder is not None else None
-    if path is not None and path.is_file():
-        arrays = np.load(path)
-        x, y = (torch.from_numpy(arrays[name]).double().reshape(-1, 1) for name in ("x", "y"))
-        return x, y, "agw1d"
-    generator = torch.Generator().manual_seed(0)
-    x = torch.cat(
-        [centre + 2.4 * torch.rand(133, 1, generator=generator, dtype=torch.float64) for centre in (-7.2, -1.2, 4.8)]
-    )
-    y = 0.5 * torch.sin(x) + 0.02 * x.square() + 0.05 * torch.randn(x.shape, generator=generator, dtype=torch.float64)
-    return x, y - y.mean(), "generated"
 
 
 def network() -> nn.Sequential:
@@ -84,14 +67,12 @@ def fit(net: nn.Module, x: Tensor, y: Tensor, groups: str, at: str) -> tuple[ntk
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--data", type=Path, default=Path(__file__).resolve().parents[1] / ".." / "shared" / "data")
-    parser.add_argument("--out", type=Path, default=Path("docs/results"))
+    parser = common.parser(__doc__, quick="a few steps: no result")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--steps", type=int, default=3000)
-    arguments = parser.parse_args()
+    arguments = common.parse(parser, steps=100)
     start = time.perf_counter()
-    x, y, source = load(arguments.data)
+    x, y, source = common.agw1d(arguments.data)
     with seeded(arguments.seed):
         net = network()
     train(net, x, y, steps=arguments.steps, learning_rate=1e-2, seed=arguments.seed)
@@ -130,16 +111,14 @@ def main() -> None:
     lines += [f"single λ, θ̃ over groups, θ⋆: smallest ratio {ratio:.1f} (asked: >= 3)."]
     text = "\n".join(lines)
     print(text)
-    arguments.out.mkdir(parents=True, exist_ok=True)
-    (arguments.out / "theta_star.md").write_text(
-        "# Evidence at θ⋆ and at θ̃, and the scale of the weights\n\n" + text + "\n"
-    )
+    page = common.page_of(arguments, "theta_star")
+    common.write(page, f"# Evidence at θ⋆ and at θ̃, and the scale of the weights\n\n{text}")
     figure, axes = new_figure(2, 2, (10.0, 6.5))
     for ax, key in zip(axes, METHODS, strict=True):
         predictive_bands(grid, *bands[key], data=(x, y), ax=ax)
         ax.set_title(f"{LABELS[key]} (k = 1)")
         ax.set_ylim(float(y.min()) - 3, float(y.max()) + 3)
-    figure.savefig(arguments.out / "theta_star.png", dpi=120)
+    figure.savefig(page.with_suffix(".png"), dpi=120)
 
 
 if __name__ == "__main__":

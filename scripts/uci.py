@@ -14,17 +14,17 @@ error that noise does not know.
 Scores are test NLL, RMSE and CRPS in original units: mean ± standard error over the published standard and gap splits.
 
     python scripts/uci.py [--quick] [--sets ...] [--retry] [--data FOLDER] [--out docs/results] [--workers 2]
+    torchrun --nproc-per-node 2 scripts/uci.py ...
 
 FOLDER holds uci/<name>.npz with the published splits; without it the script says so and stops. What uci.csv in the
 output folder already has is not computed again: an interrupted run goes on when it is called again. With --retry, the
-rows that failed are computed again first.
+rows that failed are computed again first. The rows and their order are the same for any number of workers or of
+processes of ``torchrun``, which take splits in turn and write them into the one file; seconds and memory apart.
 """
 
 from __future__ import annotations
 
-import argparse
 import math
-import multiprocessing
 import time
 from itertools import product
 from pathlib import Path
@@ -35,7 +35,9 @@ from gpytorch.constraints import GreaterThan
 from gpytorch.likelihoods import GaussianLikelihood
 from torch import Tensor, nn
 
+import common
 import ntkgp
+from jobs import Team, turn
 from ntkgp.evaluation.comparison import Comparison, Method, compare
 from ntkgp.evaluation.comparison.methods import GaussianProcess
 from ntkgp.evaluation.datasets import RegressionData, UCIData, uci
@@ -223,6 +225,23 @@ def jobs_of(sets: dict[str, UCIData], found: Comparison, folder: Path, quick: bo
     return [*again, *new]
 
 
+def kept(path: Path) -> Comparison:
+    """The rows of a file, none where there is none."""
+    return Comparison.from_csv(path, "regression") if path.is_file() else Comparison([], "regression")
+
+
+def joined(whole: Comparison, found: Comparison) -> Comparison:
+    """Rows in the place of older ones, in the order of the splits whichever were done first."""
+
+    def place(data: str) -> tuple[int, str, bool, int]:
+        name, kind, index = data.replace("/", " ").split(" ")
+        return SETS.index(name) if name in SETS else len(SETS), name, kind == "gap", int(index)
+
+    new = {(row.method, row.data) for row in found.rows}
+    rows = [row for row in whole.rows if (row.method, row.data) not in new] + found.rows
+    return Comparison(sorted(rows, key=lambda row: place(row.data)), "regression")
+
+
 def summary(found: Comparison) -> list[str]:
     """NLL of ours and of the best on every set, and mean ranks over the standard sets and over the gaps."""
     lines = [
@@ -281,13 +300,10 @@ def report(found: Comparison, seconds: float | None) -> str:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--quick", action="store_true", help="two splits of each kind of the three small sets")
+    parser = common.parser(__doc__, quick="two splits of each kind of the three small sets")
     parser.add_argument("--sets", nargs="+", default=list(SETS))
     parser.add_argument("--retry", action="store_true", help="the rows that failed, again")
-    parser.add_argument("--data", type=Path, default=Path(__file__).resolve().parents[1] / ".." / "shared" / "data")
-    parser.add_argument("--out", type=Path, default=Path("docs/results"))
-    parser.add_argument("--workers", type=int, default=2)
+    parser.add_argument("--workers", type=int, default=2, help="processes, where torchrun has not started them")
     arguments = parser.parse_args()
     names = SETS[:3] if arguments.quick else arguments.sets
     try:
@@ -297,21 +313,19 @@ def main() -> None:
         return
     arguments.out.mkdir(parents=True, exist_ok=True)
     path = arguments.out / ("uci_quick.csv" if arguments.quick else "uci.csv")
-    whole = Comparison.from_csv(path, "regression") if path.is_file() else Comparison([], "regression")
-    jobs = jobs_of(sets, whole, arguments.data, arguments.quick, arguments.retry)
+    team = Team.of_this_run(arguments.workers)
+    jobs = team.agreed(lambda: jobs_of(sets, kept(path), arguments.data, arguments.quick, arguments.retry))
     start = time.perf_counter()
-    with multiprocessing.get_context("spawn").Pool(arguments.workers) as pool:
-        for count, found in enumerate(pool.imap_unordered(work, jobs), 1):
-            new = {(row.method, row.data) for row in found.rows}
-            kept = Comparison([row for row in whole.rows if (row.method, row.data) not in new], "regression")
-            whole = Comparison.joined([kept, found])
-            part = path.with_suffix(".part")
-            whole.to_csv(part)
-            part.replace(path)
-            print(f"[{count}/{len(jobs)}] {found.rows[0].data}: {time.perf_counter() - start:.0f} s", flush=True)
+    for count, found in team.results(work, jobs):
+        with turn(arguments.out), common.replacing(path) as part:
+            joined(kept(path), found).to_csv(part)
+        print(f"[{count}/{len(jobs)}] {found.rows[0].data}: {time.perf_counter() - start:.0f} s", flush=True)
+    if not team.is_last():
+        return
+    whole = kept(path)
     text = report(whole, time.perf_counter() - start if jobs else None)
     print(text)
-    path.with_suffix(".md").write_text(text + "\n", encoding="utf-8")
+    common.write(path.with_suffix(".md"), text)
     whole.plot(["nll", "coverage"]).savefig(path.with_suffix(".png"))
 
 

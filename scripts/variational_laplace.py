@@ -19,8 +19,6 @@ output folder already has is not computed again: an interrupted run goes on when
 
 from __future__ import annotations
 
-import argparse
-import csv
 import math
 import time
 from collections.abc import Callable, Iterator
@@ -28,12 +26,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
-import reading
+import common
 from ntkgp.baselines import VariationalLaplace
 from ntkgp.evaluation.metrics import accuracy, categorical_nll, expected_calibration_error
 from ntkgp.evaluation.plots import COLORS, new_figure
@@ -85,14 +82,14 @@ class Split(NamedTuple):
 
 def split(folder: Path, sizes: Sizes, seed: int) -> Split:
     """The images of one seed."""
-    with np.load(folder / "images" / "fashion_mnist.npz") as file:
-        x, y, x_test, y_test = (torch.from_numpy(file[name]) for name in ("X_train", "y_train", "X_test", "y_test"))
+    x, y = common.images(folder, "fashion_mnist", "train")
+    x_test, y_test = common.images(folder, "fashion_mnist", "test")
     rows = torch.randperm(len(x), generator=torch.Generator().manual_seed(seed))[: sizes.train + sizes.held_out]
     own, other = rows.split([sizes.train, sizes.held_out])
     center, scale = x[own].float().mean(), x[own].float().std()
 
     def part(images: Tensor, labels: Tensor) -> Data:
-        return (images.float().flatten(1) - center) / scale, labels.long()
+        return (images.float().flatten(1) - center) / scale, labels
 
     return Split(part(x[own], y[own]), part(x[other], y[other]), part(x_test[: sizes.test], y_test[: sizes.test]))
 
@@ -312,51 +309,39 @@ def cell(values: Tensor, digits: int) -> str:
 
 def kept(path: Path) -> list[Row]:
     """Rows of an earlier, interrupted run."""
-    if not path.is_file():
-        return []
-    with path.open(newline="", encoding="utf-8") as file:
-        return [
-            Row(int(r["seed"]), float(r["beta"]), r["method"], r["part"], *(float(r[n]) for n in Row._fields[4:]))
-            for r in csv.DictReader(file)
-        ]
+    return [
+        Row(int(r["seed"]), float(r["beta"]), r["method"], r["part"], *(float(r[n]) for n in Row._fields[4:]))
+        for r in common.read_rows(path)
+    ]
 
 
 def collect(folder: Path, sizes: Sizes, path: Path) -> list[Row]:
     """All rows, as the file has them."""
     rows = kept(path)
     done = {(row.seed, row.beta, row.method.split(", mean")[0].split(f", {DRAWS}")[0]) for row in rows}
-    if not rows:
-        with path.open("w", newline="", encoding="utf-8") as file:
-            csv.writer(file).writerow(Row._fields)
     for seed in range(sizes.seeds):
         images = split(folder, sizes, seed)
         for beta in sizes.betas:
             for fit in FITS:
                 if (seed, beta, fit) in done:
                     continue
-                found = list(rows_of(fit, beta, seed, images, sizes))
-                with path.open("a", newline="", encoding="utf-8") as file:
-                    csv.writer(file).writerows((*row[:4], *(f"{value:.6g}" for value in row[4:])) for row in found)
-                last = found[-1]
+                rows += rows_of(fit, beta, seed, images, sizes)
+                common.write_rows(path, [row._asdict() for row in rows])
+                last = rows[-1]
                 print(f"seed {seed}, β = {beta:g}, {fit}: NLL {last.nll:.4f}, {last.seconds:.0f} s", flush=True)
     return kept(path)
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--quick", action="store_true", help="some hundred images, a tiny network: no result")
-    parser.add_argument("--data", type=Path, default=Path(__file__).resolve().parents[1] / ".." / "shared" / "data")
-    parser.add_argument("--out", type=Path, default=Path("docs/results"))
+    parser = common.parser(__doc__, quick="some hundred images, a tiny network: no result")
     arguments = parser.parse_args()
-    if not (arguments.data / "images" / "fashion_mnist.npz").is_file():
-        print(f"skipped: no fashion_mnist.npz in {arguments.data / 'images'}")
+    if common.absent(arguments.data, "images/fashion_mnist.npz"):
         return
     torch.set_num_threads(1)
     sizes = QUICK if arguments.quick else Sizes()
-    arguments.out.mkdir(parents=True, exist_ok=True)
-    page = arguments.out / ("variational_laplace" + "_quick" * arguments.quick + ".md")
+    page = common.page_of(arguments, "variational_laplace")
     report = Report(collect(arguments.data, sizes, page.with_suffix(".csv")), sizes)
-    reading.write(page, report.text())
+    common.write(page, report.text())
     report.figure(page.with_suffix(".png"))
     print(report.text())
 

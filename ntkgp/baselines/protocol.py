@@ -61,7 +61,10 @@ class Baseline(ABC):
 
     @property
     def lin(self) -> LinearizedNetwork:
-        """The linearised network, made by the first fit."""
+        """The linearised network, made by the first fit.
+
+        :raises RuntimeError: before it.
+        """
         if self._lin is None:
             raise RuntimeError(f"{type(self).__name__}: call fit(train_data) first")
         return self._lin

@@ -23,16 +23,16 @@ def main(argv: Sequence[str] | None = None) -> int:
         2
     """
     arguments = _parser().parse_args(argv)
-    if arguments.command == "demo":
-        from ntkgp.cli.demo import run_demo
-
-        run_demo(arguments.out, arguments.seed, arguments.quick)
-        return 0
-    from ntkgp.cli.inputs import CommandError
+    from ntkgp.cli.inputs import CommandError, check_folder
 
     options = {name: value for name, value in vars(arguments).items() if name != "command"}
     try:
-        if arguments.command == "fit":
+        check_folder(arguments.out)
+        if arguments.command == "demo":
+            from ntkgp.cli.demo import run_demo
+
+            run_demo(**options)
+        elif arguments.command == "fit":
             from ntkgp.cli.fit import FitOptions, run_fit
 
             run_fit(FitOptions(**options))

@@ -47,7 +47,7 @@ def run_compare(options: CompareOptions) -> Comparison:
     try:
         found = compare(
             net.eval(), (data.x, data.y), (data.x_test, data.y_test), options.methods, data.x_ood,
-            likelihood="classification" if data.is_classification else "regression", groups=options.groups,
+            likelihood=data.kind, groups=options.groups,
             seed=options.seed, time_limit=options.time_limit, folder=options.out / "methods",
             progress=sys.stderr.isatty(),
         )  # fmt: skip

@@ -344,6 +344,7 @@ def describe(scan: Scan, options: CTOptions, found: Tomogram) -> str:
     """Text of ``report.txt``."""
     geometry, dip = scan.geometry, found.dip
     sigma = float(found.model.noise_variance.mean().sqrt())
+    level = float(torch.as_tensor(dip.noise, dtype=torch.float64).square().mean().sqrt())
     lines = [
         *scan.about,
         f"image        {options.size} × {options.size} pixels of {geometry.pixel_size:.4g} mm, values per mm",
@@ -351,7 +352,7 @@ def describe(scan: Scan, options: CTOptions, found: Tomogram) -> str:
         f"stopped by {dip.stopped_by} at iteration {dip.best_iteration} of {dip.iteration}",
         f"GP           groups {options.groups}, hyper-prior {options.prior}, evidence at {found.report.at}, "
         f"{found.model.form}; error map " + ("exact" if found.draws is None else f"from {len(found.draws)} draws"),
-        f"noise        sd {dip._level:.4g} before the fit, {sigma:.4g} by the evidence",
+        f"noise        sd {level:.4g} before the fit, {sigma:.4g} by the evidence",
         "",
         str(found.report),
         "",

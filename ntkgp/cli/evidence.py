@@ -13,8 +13,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from ntkgp.baselines.protocol import likelihood_of
 from ntkgp.checkpoint import plain
-from ntkgp.cli.fit import _likelihood
 from ntkgp.cli.inputs import CommandData, CommandError, load_data, load_network, load_weights, network_dtype
 from ntkgp.distributed import rank, world_size
 from ntkgp.evaluation.training import seeded
@@ -67,7 +67,7 @@ def run_evidence(options: EvidenceOptions) -> OnePassEvidence:
     """
     net, data = _given(options)
     lin = LinearizedNetwork(net, data.x[: min(8, len(data.x))], groups=options.groups)
-    likelihood = _likelihood(data, lin.num_outputs)
+    likelihood = likelihood_of(data.kind, lin.num_outputs)
     start, cpu = time.perf_counter(), time.process_time()
     found = one_pass(
         lin, (lin.pack(data.x), data.y), likelihood, num_landmarks=options.landmarks, num_features=options.features,
@@ -109,7 +109,11 @@ def _given(options: EvidenceOptions) -> tuple[nn.Module, CommandData]:
 
 
 def made_up(rows: int) -> tuple[nn.Module, CommandData]:
-    """A network of random weights, three normalised hidden layers of 32, and a regression on 8 inputs."""
+    """
+    A network of random weights, three normalised hidden layers of 32, and a regression on 8 inputs.
+
+    :raises CommandError: no row.
+    """
     if rows < 1:
         raise CommandError(f"--example: expected a positive number of rows, got {rows}")
     with seeded(0):

@@ -7,16 +7,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import gpytorch
 import numpy as np
 import torch
 from torch import Tensor
 
+from ntkgp.baselines.protocol import likelihood_of
 from ntkgp.cli.inputs import CommandData, load_data, load_network, load_weights, network_dtype
 from ntkgp.evaluation import metrics, plots
 from ntkgp.evaluation.comparison.methods import GaussianProcess
 from ntkgp.evidence import EvidenceReport, fit_evidence
-from ntkgp.likelihoods import BernoulliLikelihood, CategoricalLikelihood
 from ntkgp.linearization import LinearizedNetwork
 from ntkgp.models import ExactNTKGP
 
@@ -48,7 +47,7 @@ def run_fit(options: FitOptions) -> EvidenceReport:
     load_weights(net, options.weights)
     data = load_data(options.data, options.likelihood, network_dtype(net))
     lin = LinearizedNetwork(net, data.x[: min(8, len(data.x))], groups=options.groups)
-    likelihood = _likelihood(data, lin.num_outputs)
+    likelihood = likelihood_of(data.kind, lin.num_outputs)
     model = ExactNTKGP(lin.pack(data.x), data.y, likelihood, lin, mean=options.mean)
     report = fit_evidence(model, method=options.method, at=options.at, progress=sys.stderr.isatty())
     model.eval()
@@ -123,10 +122,9 @@ def describe(
 ) -> str:
     """Text of ``report.txt``."""
     where = "x" if data.x_test is None else "x_test"
-    kind = "classification" if data.is_classification else "regression"
     lines = [
         f"network      {options.network}, weights {options.weights}",
-        f"data         {options.data}: {len(data.x)} points, {kind}",
+        f"data         {options.data}: {len(data.x)} points, {data.kind}",
         f"GP           {lin.num_parameters} parameters, {lin.num_outputs} outputs, {len(lin.groups.names)} groups "
         f"({options.groups}), mean={options.mean}",
         "",
@@ -165,12 +163,3 @@ def draw(data: CommandData, report: EvidenceReport, predictions: dict[str, Tenso
 def _total_variance(predictions: dict[str, Tensor]) -> Tensor:
     """Latent plus noise variance."""
     return predictions["latent_variance"] + predictions["noise_variance"]
-
-
-def _likelihood(data: CommandData, num_outputs: int) -> gpytorch.likelihoods.Likelihood:
-    """Gaussian noise, logistic for one output, softmax for several."""
-    if not data.is_classification:
-        return gpytorch.likelihoods.GaussianLikelihood()
-    if num_outputs == 1:
-        return BernoulliLikelihood()
-    return CategoricalLikelihood(num_classes=num_outputs)

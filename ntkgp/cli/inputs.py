@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import os
 import pickle
 import sys
 import zipfile
@@ -33,6 +34,25 @@ class CommandData:
     y_test: Tensor | None
     x_ood: Tensor | None
     is_classification: bool
+
+    @property
+    def kind(self) -> str:
+        """Of the likelihood."""
+        return "classification" if self.is_classification else "regression"
+
+
+def check_folder(path: Path) -> None:
+    """
+    Refuse a folder for results that cannot be made, before anything is computed.
+
+    :param path: need not be there yet.
+    :raises CommandError: it or a folder above it is a file, or may not be written to.
+    """
+    place = next(part for part in (path.absolute(), *path.absolute().parents) if part.exists())
+    if not place.is_dir():
+        raise CommandError(f"--out: {place} is a file, expected a folder")
+    if not os.access(place, os.W_OK):
+        raise CommandError(f"--out: the folder {place} cannot be written to")
 
 
 def load_network(target: str) -> nn.Module:

@@ -270,6 +270,13 @@ def uci(name: str, folder: str | Path | None = None) -> UCIData:
     :return: :class:`UCIData`.
     :raises FileNotFoundError: no folder named, or no such file in it.
     :raises ValueError: a file without the expected arrays.
+
+    >>> import tempfile
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     rows = {"std_train": [[0, 1, 2]], "std_test": [[3]]}
+    ...     np.savez(Path(folder) / "four.npz", X=np.eye(4), y=np.arange(4.0), **rows)
+    ...     uci("four", folder).standard(0).x_train.shape
+    torch.Size([3, 4])
     """
     place = folder if folder is not None else os.environ.get("NTKGP_DATA")
     if place is None:

@@ -83,6 +83,10 @@ def predictive_bands(
     :param ax: where to draw; default: a new figure.
     :return: the axes.
     :raises ValueError: a variance that is negative.
+
+    >>> x = torch.linspace(-1, 1, 5)
+    >>> predictive_bands(x, x.sin(), 0.1 * torch.ones(5), 0.01).get_legend_handles_labels()[1]
+    ['with noise', 'network ± 2 sd']
     """
     ax = ax if ax is not None else new_figure()[1][0]
     position, middle = _numbers(x), _numbers(mean)
@@ -125,6 +129,10 @@ def reliability_diagram(
     :param ax: where to draw; default: a new figure.
     :return: the axes.
     :raises ValueError: no model, rows that are no probabilities, labels out of range.
+
+    >>> ax = reliability_diagram({"sure": torch.tensor([[1.0, 0.0], [0.0, 1.0]])}, torch.tensor([0, 0]))
+    >>> ax.get_legend_handles_labels()[1]
+    ['sure  (ECE 0.500)']
     """
     if not predictions:
         raise ValueError("predictions: expected at least one model")
@@ -167,6 +175,10 @@ def coverage_curve(
     :param ax: where to draw; default: a new figure.
     :return: the axes.
     :raises ValueError: no model, shapes that differ, a variance that is not positive.
+
+    >>> exact = torch.zeros(3), torch.ones(3)
+    >>> coverage_curve({"exact": exact}, torch.zeros(3)).get_ylabel()
+    'observed coverage'
     """
     if not predictions:
         raise ValueError("predictions: expected at least one model")
@@ -200,6 +212,9 @@ def evidence_trace(
     :param ax: where to draw; default: a new figure.
     :return: the axes.
     :raises ValueError: no run, an empty trace.
+
+    >>> evidence_trace({"groups": [-20.0, -8.0, -7.5]}).get_legend_handles_labels()[1]
+    ['groups  (-7.5)']
     """
     if not traces:
         raise ValueError("traces: expected at least one run")

@@ -10,6 +10,7 @@ import math
 from collections.abc import Callable
 
 import numpy as np
+import scipy
 import torch
 from torch import Tensor
 from torch.nn.functional import conv2d, grid_sample, pad
@@ -113,8 +114,6 @@ def _defocus_blur(images: Tensor, c: tuple[float, float], generator: torch.Gener
 
 
 def _zoom_blur(images: Tensor, c: float, generator: torch.Generator) -> Tensor:
-    from scipy.ndimage import zoom
-
     factors = np.arange(1, 1 + c, 0.01)
     total = images.clone()
     for factor in factors:
@@ -123,7 +122,7 @@ def _zoom_blur(images: Tensor, c: float, generator: torch.Generator) -> Tensor:
             size = images.shape[axis]
             kept = math.ceil(size / factor)
             inner = inner.narrow(axis, (size - kept) // 2, kept)
-        larger = torch.from_numpy(zoom(inner.numpy(), (1, 1, factor, factor), order=1))
+        larger = torch.from_numpy(scipy.ndimage.zoom(inner.numpy(), (1, 1, factor, factor), order=1))
         for axis in (2, 3):
             size = images.shape[axis]
             larger = larger.narrow(axis, (larger.shape[axis] - size) // 2, size)

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from contextlib import nullcontext
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from typing import Any
 
@@ -21,7 +21,8 @@ from ntkgp.distributed import (
     world_size,
 )
 from ntkgp.evidence.streaming import StreamStatistics
-from ntkgp.linearization.memory import format_memory
+from ntkgp.linearization import LinearizedNetwork
+from ntkgp.linearization.memory import require
 from ntkgp.linearization.nystrom import LandmarkFeatures
 
 _OTHER_NETWORK = (
@@ -29,14 +30,70 @@ _OTHER_NETWORK = (
 )
 
 
-def check_memory(features: LandmarkFeatures, components: int) -> None:
-    """Refuse statistics that the budget cannot hold."""
-    needed = 8 * (3 * components + 2) * features.size**2
-    if needed > features.max_memory:
-        raise ValueError(
-            f"max_memory: the statistics of {features.size} features ({format_memory(needed)}) do not fit in "
-            f"{format_memory(features.max_memory)}; use fewer landmarks, or num_features"
-        )
+def components_of(kind: str, num_outputs: int) -> int:
+    """Noise components of a kind of statistics."""
+    return num_outputs if kind == "per_output" else 1
+
+
+def _sums_memory(size: int, components: int) -> int:
+    """Bytes of the statistics of so many features: the sums, a part of them, and what is made of them."""
+    return 8 * (3 * components + 2) * size**2
+
+
+def _visit_memory(lin: LinearizedNetwork, num_landmarks: int, one_output: bool) -> int:
+    """Bytes that are enough for blocks of features: their results take half of it, see ``block_rows``."""
+    least = max(lin.gram_memory(1, num_landmarks), lin.diagonals_memory(1))
+    return max(2 * least, lin.engine.factors_memory(num_landmarks, 1) if one_output else 0)
+
+
+def check_choice(
+    lin: LinearizedNetwork, num_landmarks: int, num_features: int | None, kind: str, budget: int, *,
+    one_output: bool = False, candidates: int = 0,
+) -> None:  # fmt: skip
+    """Refuse a budget in which features can be neither chosen nor passed over the data.
+
+    How many features a group has is known once they are chosen: the budget that is named is enough for the most that it
+    can have.
+
+    :param one_output: a landmark stands for one output, not for all.
+    :param candidates: inputs that the greedy choice looks at.
+    """
+    c, groups = lin.num_outputs, len(lin.groups)
+    rows = num_landmarks * (1 if one_output else c)
+    visit = _visit_memory(lin, num_landmarks, one_output)
+    if num_features is None or (num_features >= rows and 8 * (2 * groups + 4) * rows**2 <= budget):
+        most, chosen = rows, 8 * (2 * groups + 4) * rows**2 + visit
+    else:
+        most = min(num_features, rows)
+        # Directions, those of the largest group once more, and some in the network's dtype.
+        chosen = max((16 * most + 64) * lin.num_parameters, visit)
+    if candidates:
+        # The blocks of all candidates, the factor, and a column of it.
+        own = max(lin.diagonals_memory(candidates), lin.gram_memory(candidates, 1))
+        chosen = max(chosen, own + 8 * candidates * c * num_landmarks * c)
+    size = sum(min(most, p) for p in lin.groups.sizes)
+    enough = max(chosen, visit + _sums_memory(size, components_of(kind, c)))
+    if chosen > budget:
+        require(enough, budget, f"{num_landmarks} landmarks and a pass with their features")
+
+
+def check_memory(features: LandmarkFeatures, components: int) -> int:
+    """Bytes of the statistics; refuses a budget that cannot hold them beside one block of features."""
+    held = _sums_memory(features.size, components)
+    visit = _visit_memory(features.lin, len(features.landmarks), features.outputs is not None)
+    require(held + visit, features.max_memory, f"the statistics of {features.size} features and a pass with them")
+    return held
+
+
+@contextmanager
+def _reserved(features: LandmarkFeatures, held: int) -> Iterator[None]:
+    """Features whose blocks are made in what the statistics leave of the budget."""
+    given = features.max_memory
+    features.max_memory = given - held
+    try:
+        yield
+    finally:
+        features.max_memory = given
 
 
 def accumulate(
@@ -61,7 +118,8 @@ def accumulate(
     :param extra: what is kept beside them.
     :raises ValueError: ranks that have other data, another order of them, or other features.
     """
-    with nullcontext() if after is None else alone():
+    held = check_memory(features, components_of(kind, features.lin.num_outputs))
+    with nullcontext() if after is None else alone(), _reserved(features, held):
         return _Pass(features, kind, batches, dtype, run or Run(), extra)(after, progress)
 
 
@@ -75,7 +133,6 @@ class _Pass:
         self.features, self.kind, self.batches, self.dtype = features, kind, batches, dtype
         self.run, self.extra = run, extra
         self.total, self.part = self._zeros(), self._zeros()
-        check_memory(features, len(self.total.counts))
         self.seen: list[bool] = []
         if run.state is not None:
             self._resume(run.state)

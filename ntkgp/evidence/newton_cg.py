@@ -103,7 +103,7 @@ def iterative_mode(
         here = replace(system, factor=curvature_factor(logits), columns=lambda _: columns)
         pushed = k(missing)
         inner = solve(
-            here, here.reduce(pushed.unsqueeze(-1)), preconditioner=here.nystrom(points),
+            here, here.reduce(pushed.unsqueeze(-1)), preconditioner=here.preconditioner(points),
             tolerance=max(1e-10, min(1e-2, 0.1 * gap)), max_iterations=max_iterations,
         ).solution  # fmt: skip
         correction = here.expand(inner).squeeze(-1)

@@ -38,11 +38,6 @@ class PrimalSoftmaxEvidence(WeightSpaceProblem):
     log_likelihood: float = field(kw_only=True)
     variant: str = field(kw_only=True, default="simple")
 
-    def __post_init__(self) -> None:
-        """Validate."""
-        if self.variant not in ("simple", "quadratic", "full"):
-            raise ValueError(f"variant must be 'simple', 'quadratic' or 'full', got {self.variant!r}")
-
     @property
     def max_dimension(self) -> int:
         """Largest effective dimension that the data can determine."""

@@ -21,7 +21,9 @@ from ntkgp.evidence.newton_cg import iterative_mode
 from ntkgp.evidence.problem import NoiseModel
 from ntkgp.likelihoods import curvature_factor, whitened_targets
 from ntkgp.linearization import LinearizedNetwork
-from ntkgp.solvers import TangentGram, WhitenedSystem, solve
+from ntkgp.solvers import WhitenedSystem, solve
+from ntkgp.solvers.sharded import tangent_gram
+from ntkgp.solvers.whitened import default_rows
 
 
 @dataclass(frozen=True)
@@ -58,7 +60,7 @@ class Settings:
 
 
 class DualProbes:
-    """In data space, N·C rows: products with K by kept Grams or by passes.
+    """In data space, N·C rows: products with K by kept Grams or by passes, which the ranks of a process group share.
 
     :param x: packed inputs, shape (N, D).
     :param targets: y − m0, shape (n,), or labels (N,).
@@ -69,7 +71,9 @@ class DualProbes:
         self, lin: LinearizedNetwork, x: Tensor, targets: Tensor, noise: NoiseModel | None, settings: Settings
     ) -> None:
         self.lin, self.x, self.noise, self.settings = lin, x, noise, settings
-        self.gram = TangentGram.best(lin, x, settings.max_memory)
+        n, c = len(x) * lin.num_outputs, lin.num_outputs
+        columns = default_rows(n) if settings.num_landmarks is None else c * settings.num_landmarks
+        self.gram = tangent_gram(lin, x, settings.max_memory, columns, settings.num_samples + 1)
         logits = lin(x).to(torch.float64)
         self.offset = logits - lin.jvp(x, lin.theta).to(torch.float64)
         self.logits, self.observed = logits, targets
@@ -116,9 +120,7 @@ class DualProbes:
         if factor is None:
             assert self.noise is not None
             factor = torch.diag_embed(self.noise.diagonal(noise).rsqrt().reshape(self.logits.shape))
-        return WhitenedSystem(
-            self.gram.product(variance), lambda p: self.gram.columns(p, variance), self.gram.blocks(variance), factor
-        )
+        return self.gram.system(variance, factor)
 
     def evidence_system(self, precision: Tensor, noise: Tensor) -> EvidenceSystem:
         """What the bounds of the evidence need."""
@@ -136,8 +138,8 @@ class DualProbes:
         weights = self.prior * scale
         if self.points is None:
             self.points = system.landmarks(self.settings.num_landmarks, self.settings.seed)
-        nystrom = system.nystrom(self.points)
-        image = push(self.lin, self.x, weights).reshape(-1, s)
+        preconditioner = system.preconditioner(self.points)
+        image = self.gram.push(weights)
         rhs = [system.reduce(image) + self.epsilon]
         if self.targets is not None:
             whitened = self.targets.unsqueeze(-1)
@@ -145,7 +147,7 @@ class DualProbes:
         b = torch.cat(rhs, -1)
         last = None if self.last is None else self.last[0]
         found = solve(
-            system, b, preconditioner=nystrom, tolerance=self.settings.tolerance,
+            system, b, preconditioner=preconditioner, tolerance=self.settings.tolerance,
             max_iterations=self.settings.max_iterations, x0=last,
         )  # fmt: skip
         dual = system.expand(found.solution)
@@ -159,7 +161,7 @@ class DualProbes:
             alpha = mode.alpha
             dual = torch.cat([dual, alpha.unsqueeze(-1)], -1)
         self.last = found.solution, alpha
-        pulled = pull(self.lin, self.x, dual)  # shape: (S + 1, P)
+        pulled = self.gram.pull(dual)  # shape: (S + 1, P)
         squares = self.lin.groups.sum_per_group(pulled.square()).mT / precision.unsqueeze(-1)  # shape: (G, S + 1)
         traces, quadratics = squares[:, :s], squares[:, s]
         if self.noise is not None and self.noise.num_learned:
@@ -183,14 +185,3 @@ def mean_per_component(noise: NoiseModel, rows: Tensor) -> Tensor:
     if not noise.num_learned:
         return rows.mean().reshape(1)
     return noise.sum_per_component(rows) / noise.sum_per_component(torch.ones_like(rows))
-
-
-def push(lin: LinearizedNetwork, x: Tensor, v: Tensor) -> Tensor:
-    """J(x) V in float64, (k, P) -> (N, C, k)."""
-    return lin.features(x, v.to(lin.dtype)).to(torch.float64)
-
-
-def pull(lin: LinearizedNetwork, x: Tensor, u: Tensor) -> Tensor:
-    """J(x)ᵀ U in float64, (N·C, k) -> (k, P)."""
-    rows: Any = u.mT.reshape(u.shape[-1], len(x), -1).to(lin.dtype)
-    return lin.vjp(x, rows).to(torch.float64)

@@ -16,14 +16,16 @@ from torch import Tensor
 from tqdm import tqdm
 
 from ntkgp.checkpoint import Checkpoint, Run, moved_to, running
+from ntkgp.distributed import checksum, gather_numbers
 from ntkgp.evidence.ascent import PRUNED_DIMENSION
-from ntkgp.evidence.probes import DualProbes, Expectation, Settings, push
+from ntkgp.evidence.probes import DualProbes, Expectation, Settings
 from ntkgp.evidence.problem import NoiseModel
 from ntkgp.evidence.report import EvidenceReport
 from ntkgp.evidence.weight_probes import WeightProbes
 from ntkgp.linearization import LinearizedNetwork
 from ntkgp.linearization.checks import check_count
 from ntkgp.linearization.memory import parse_memory
+from ntkgp.solvers.tangent import push
 
 if TYPE_CHECKING:
     from ntkgp.models.batches import Batches
@@ -114,8 +116,9 @@ def sampled_evidence(
     the fixed point is that of a deterministic map, accelerated by Anderson's method, and differs from the exact optimum
     by a Monte-Carlo error which is estimated by linearising the map (reported as standard errors of log λ and log σ²).
 
-    In a process group (:mod:`ntkgp.distributed`) all ranks make this call with all of the data. In weight space they
-    share the batches, with the same bits for any number of them; in data space each does all of the work.
+    In a process group (:mod:`ntkgp.distributed`) all ranks make this call with all of the data, and get the same bits
+    for any number of them. In weight space they share the batches; in data space, from 1,024 rows on, each computes and
+    keeps its own rows of the Gram and of the preconditioner (:class:`~ntkgp.solvers.sharded.SharedGram`).
 
     :param lin: the linearised network.
     :param train_data: ``(x, y)``, a Dataset or a DataLoader, see :class:`ntkgp.models.batches.Batches`.
@@ -131,14 +134,15 @@ def sampled_evidence(
     :param solver_tolerance: of the conjugate gradients.
     :param max_iterations: of conjugate gradients per step.
     :param batch_size: rows per pass of tensors and Datasets.
-    :param max_memory: budget for Grams, kept Jacobian rows and preconditioner.
+    :param max_memory: budget of each process for Grams, kept Jacobian rows and preconditioner.
     :param bounds: in data space, bound the log evidence at the end.
     :param seed: of all random numbers; the global generator is not used.
     :param progress: show a progress bar. An interrupt keeps the last completed step.
     :param checkpoint: a folder, or a :class:`~ntkgp.checkpoint.Checkpoint`: a call that was killed is repeated with the
         same arguments (`max_steps` may differ) and goes on with the step where it stood, to the very same result.
     :raises CheckpointMismatch: a checkpoint of another network, other data or other arguments.
-    :raises ValueError: unknown choices, fewer than two samples, or known noise variances in weight space.
+    :raises ValueError: unknown choices, fewer than two samples, known noise variances in weight space, or processes
+        with different data or weights.
 
     Cost: per step, S + 1 solves. A product is O(n²) or a backward and a forward pass over the data per vector ("dual":
     memory n·(S + m) for m landmark rows; "weights": (S·G + m)·P numbers). Standard errors cost as much as G plus the
@@ -165,6 +169,8 @@ def sampled_evidence(
     likelihood = prepare_likelihood(copy.deepcopy(likelihood), lin.num_outputs)
     batches = Batches.of(train_data, lin, likelihood, batch_size)
     batches.share()
+    if len(set(gather_numbers(checksum(0, lin.theta)))) > 1:
+        raise ValueError("lin: the processes have different networks; give all of them the same weights")
     total = sum(len(x) for x, _ in batches)
     noise = None if is_classification(likelihood) else NoiseLink(likelihood, total, lin.num_outputs).model()
     settings = Settings(

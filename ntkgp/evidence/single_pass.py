@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sys
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
@@ -14,7 +15,7 @@ from torch import Tensor
 
 from ntkgp.checkpoint import Checkpoint, moved_to, running
 from ntkgp.distributed import alone
-from ntkgp.evidence.accumulation import accumulate
+from ntkgp.evidence.accumulation import accumulate, check_choice
 from ntkgp.evidence.streaming import StreamedEvidence, StreamNoise, StreamStatistics
 from ntkgp.linearization import LinearizedNetwork
 from ntkgp.linearization.memory import parse_memory
@@ -192,7 +193,7 @@ def one_pass(
     likelihood = prepare_likelihood(likelihood, lin.num_outputs)
     kind = statistics_kind(likelihood)
     budget = parse_memory(max_memory)
-    batches = Batches.of(data, lin, likelihood, batch_size or _BATCH)
+    batches = Batches.of(data, lin, likelihood, _BATCH if batch_size is None else batch_size)
     batches.share()
     ones = torch.ones(len(lin.groups), dtype=torch.float64)
     options = {
@@ -202,6 +203,7 @@ def one_pass(
     }  # fmt: skip
     with running(checkpoint, lambda: pass_identity(lin, batches, options)) as run:
         if run.state is None:
+            check_landmarks(batches, lin, landmarks, num_landmarks, num_features, kind, budget)
             # By every rank alike, as by a single process.
             with alone():
                 z = choose_landmarks(
@@ -222,6 +224,26 @@ def one_pass(
                 features, kind, batches, dtype=dtype, progress=progress, run=run, extra=lambda: kept
             )
     return OnePassEvidence(features, statistics, likelihood, precision.to(features.landmarks.device), bound)
+
+
+def check_landmarks(
+    batches: Batches, lin: LinearizedNetwork, landmarks: str | Any, num_landmarks: int, num_features: int | None,
+    kind: str, budget: int, one_output: bool = False,
+) -> None:  # fmt: skip
+    """Refuse a budget that is too small before anything is visited; see :func:`check_choice`."""
+    from ntkgp.models.landmarks import candidates_of
+
+    try:
+        known = batches.num_data
+    except ValueError:  # not before the first pass
+        known = sys.maxsize
+    own = None if isinstance(landmarks, str) else lin.packing.pack(landmarks, "landmarks")
+    count = max(1, min(num_landmarks, known)) if own is None else len(own)
+    candidates = min(candidates_of(landmarks, num_landmarks), known) if landmarks == "greedy" else 0
+    check_choice(
+        lin, count, num_features, kind, budget, one_output=one_output,
+        candidates=candidates if candidates > count else 0,
+    )  # fmt: skip
 
 
 def pass_identity(lin: LinearizedNetwork, batches: Batches, configuration: Mapping[str, Any]) -> dict[str, Any]:

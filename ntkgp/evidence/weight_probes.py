@@ -10,12 +10,13 @@ import torch
 from torch import Tensor
 
 from ntkgp.distributed import OrderedFold, Turns, sum_over_batches
-from ntkgp.evidence.probes import Expectation, Settings, pull, push
+from ntkgp.evidence.probes import Expectation, Settings
 from ntkgp.evidence.problem import NoiseModel
 from ntkgp.likelihoods import curvature_factor, log_likelihood, residual, whitened_targets
 from ntkgp.linearization import LinearizedNetwork
 from ntkgp.linearization.statistics import jacobian_rows
 from ntkgp.solvers import solve
+from ntkgp.solvers.tangent import pull, push
 
 # Number of a batch, the batch, standard normal numbers for its rows, and which of its inputs are landmarks.
 _Drawn = tuple[int, "_Rows", Tensor, Tensor]

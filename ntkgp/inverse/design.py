@@ -69,7 +69,8 @@ def expected_information_gain(
     """
     parts = _candidates(model, candidates, noise, criterion)
     all_seen = _seen(parts, model.pixel_covariance())
-    return torch.stack([_score(*seen, part.noise, criterion) for part, seen in zip(parts, all_seen, strict=True)])
+    with torch.no_grad():
+        return torch.stack([_score(*seen, part.noise, criterion) for part, seen in zip(parts, all_seen, strict=True)])
 
 
 def greedy_design(
@@ -193,13 +194,14 @@ def _apply(operator: Any, images: Tensor) -> Tensor:
 def _seen(parts: Sequence[_Candidate], covariance: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
     """C Bᵀ, shape (d, m), and B C Bᵀ, shape (m, m), of every candidate; of one operator C Bᵀ is made once."""
     last: tuple[Any, Tensor] | None = None
-    with torch.no_grad():
-        for operator, rows, _ in parts:
+    for operator, rows, _ in parts:
+        # Not around the yield: a generator that is dropped there would leave gradients off for everything after it.
+        with torch.no_grad():
             if last is None or last[0] is not operator:
                 last = operator, _apply(operator, covariance)
             cross = last[1][:, rows]
             inner = _apply(operator, cross.mT)[:, rows]
-            yield cross, 0.5 * (inner + inner.mT)
+        yield cross, 0.5 * (inner + inner.mT)
 
 
 def _root(seen: Tensor, noise: Tensor) -> Tensor:

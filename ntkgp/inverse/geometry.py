@@ -87,7 +87,10 @@ class Geometry:
         return self._take(self.places(chosen))
 
     def places(self, chosen: Any) -> Tensor:
-        """The numbers of the views (rays) that an index takes, as :meth:`subset` understands it."""
+        """The numbers of the views (rays) that an index takes, as :meth:`subset` understands it.
+
+        :raises IndexError, ValueError: as there.
+        """
         places = range(len(self))
         picked = torch.tensor(list(places[chosen])) if isinstance(chosen, slice) else torch.as_tensor(chosen)
         if picked.ndim == 0 and picked.dtype != torch.bool:

@@ -53,7 +53,10 @@ class Blur(ForwardOperator):
 
     @classmethod
     def gaussian(cls, image_shape: Sequence[int], width: float, boundary: str = "zero") -> Blur:
-        """A Gaussian of this standard deviation in pixels, cut off beyond three and of sum 1."""
+        """A Gaussian of this standard deviation in pixels, cut off beyond three and of sum 1.
+
+        :raises ValueError: a width that is not positive, and what the class itself refuses.
+        """
         if not isinstance(width, int | float) or not (math.isfinite(width) and width > 0):
             raise ValueError(f"width: expected a positive number of pixels, got {width!r}")
         reach = math.ceil(3 * width)

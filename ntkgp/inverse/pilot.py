@@ -68,7 +68,7 @@ def filled(y: Tensor, kept: Tensor) -> Tensor:
     position = torch.arange(n, device=y.device).expand_as(known)
     left = torch.where(known, position, -1).cummax(-1).values
     right = n - 1 - torch.where(known.flip(-1), position, -1).cummax(-1).values.flip(-1)
-    right = torch.where(right >= n, left, (n - 1) - (n - 1 - right))
+    right = torch.where(right >= n, left, right)
     left = torch.where(left < 0, right, left)
     share = (position - left).to(y) / (right - left).clamp_min(1).to(y)
     low, high = left.clamp(0, n - 1), right.clamp(0, n - 1)

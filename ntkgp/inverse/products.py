@@ -7,6 +7,7 @@ from collections.abc import Callable
 from functools import cache
 from typing import Any
 
+import scipy
 import torch
 from linear_operator.operators import DenseLinearOperator, LinearOperator
 from linear_operator.operators._linear_operator import IndexType
@@ -105,8 +106,6 @@ def _hear_that_rows_are_beta() -> None:
 
 def _multiply_by_scipy(matrix: CompressedRows, x: Tensor, size: tuple[int, int]) -> Tensor:
     """The same where torch was built without a sparse library."""
-    import scipy.sparse
-
     arrays = (matrix.values.numpy(), matrix.columns.numpy(), matrix.starts.numpy())
     return torch.from_numpy(scipy.sparse.csr_array(arrays, shape=size) @ x.detach().numpy().T).mT.contiguous()
 

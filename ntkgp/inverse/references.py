@@ -179,6 +179,7 @@ def tv_reference(
     :param tolerance: relative change of x between iterations at which one solve ends.
     :param max_iterations: of one solve.
     :param progress: show a bar over the weights.
+    :raises ValueError: a weight or noise that is not positive, or noise of another shape.
 
     Cost: two products with A for each iteration; about ten solves for the weight.
 
@@ -289,10 +290,15 @@ def mc_dropout_reference(
 
     Fitted without total variation, as bayes_dip's rival. The mean is that of the samples.
 
+    :param y: measurements.
+    :param A: forward operator.
+    :param noise: σ or standard deviations; estimated by default.
     :param rate: dropout probability.
     :param num_samples: S ≥ 2.
     :param unet: of the U-Net.
+    :param seed: of the fit and of the samples.
     :param options: of :class:`~ntkgp.inverse.DeepImagePrior`.
+    :raises ValueError: fewer than two samples, or a rate outside of (0, 1).
 
     Cost: one fit and S forward passes.
 
@@ -335,9 +341,13 @@ def ensemble_reference(
 ) -> ImagePosterior:
     """Deep image priors from several random starts; their spread is the error map.
 
+    :param y: measurements.
+    :param A: forward operator.
+    :param noise: σ or standard deviations; estimated once by default.
     :param size: number of members, at least 2.
     :param make: makes a member from its seed; by default a :class:`~ntkgp.inverse.DeepImagePrior` of the ``options``.
     :param seed: of the first member.
+    :raises ValueError: fewer than two members, or ``options`` beside ``make``.
 
     Cost: ``size`` fits. The covariance has rank size − 1.
 
@@ -379,6 +389,8 @@ def bayes_dip_reference(
     :math:`10^{-6} + \hat\sigma^2 \tfrac1d \operatorname{tr}(A^\top A)^+`, its floor (see
     :func:`~ntkgp.inverse.noise.pinv_floor`). Its fit differs in the stopping rule, which is this library's.
 
+    :param y: measurements.
+    :param A: forward operator.
     :param noise: σ of the fit; the one of the covariance is the evidence's.
     :param dip: a fit of these measurements, instead of a new one with the ``options``.
     :param lengthscale: ℓ of the covariance within 3×3 filters, fixed; ``None`` for none, which is where bayes_dip
@@ -427,10 +439,13 @@ def lmrf_reference(
 ) -> ImagePosterior:
     """Laplace Markov random field prior sampled by CUQIpy's UGLA; needs the package ``cuqipy``.
 
+    :param y: measurements.
+    :param A: forward operator.
     :param noise: σ, one number; estimated by default.
     :param scale: of the Laplace distribution of neighbours' differences; ``None`` for 0.15 of the standard
         deviation of a pixel under the Matérn prior that the evidence finds.
-    :param num_samples: kept, after ``warmup``.
+    :param num_samples: kept.
+    :param warmup: draws before them that are not.
     :param seed: of numpy's legacy generator that CUQIpy draws from, whose state is put back.
     :param progress: show CUQIpy's own bars.
     :raises ImportError: CUQIpy is not installed.

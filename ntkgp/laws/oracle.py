@@ -6,11 +6,10 @@ import copy
 import math
 from dataclasses import replace
 from functools import cached_property
-from typing import Any
 
 import numpy as np
+import scipy
 import torch
-from scipy.optimize import minimize
 from torch import Tensor, nn
 from torch.func import functional_call, jacrev, vmap
 
@@ -98,7 +97,7 @@ class Dense(Fitted):
     :param task: of any kind; a ``"nystrom"`` one has all data as landmarks and all features, a ``"subset"`` one takes
         the first ``task.subset`` data, a ``"variational"`` one is the exact model (its optimum at Z = X).
 
-    Cost: O(N·C·P) memory for the Jacobian, (P)³ operations; for small problems.
+    Cost: N·C·P numbers for the Jacobian, P² for H, and O(P³) operations; for small problems.
     """
 
     def __init__(self, task: Task, _shared: tuple[Tensor, Tensor] | None = None) -> None:
@@ -114,10 +113,9 @@ class Dense(Fitted):
 
     def at(self, precision: Tensor | None = None, noise: float | None = None, kind: str | None = None) -> Dense:
         """The same network and data with other hyper-parameters, or by another structure."""
-        changes: dict[str, Any] = {} if precision is None else {"precision": precision}
-        changes |= {} if noise is None else {"noise": float(noise)}
-        changes |= {} if kind is None else {"kind": kind}
-        return Dense(replace(self.task, **changes), (self.f, self.j)) if changes else self
+        task = self.task.at(precision, noise)
+        task = task if kind is None else replace(task, kind=kind)
+        return self if task is self.task else Dense(task, (self.f, self.j))
 
     def _columns(self) -> Tensor:
         if self.task.kind == "last_layer":
@@ -334,6 +332,6 @@ class Dense(Fitted):
         z0 = np.append(start.numpy(), math.log(self.task.noise)) if fit_noise else start.numpy()
         bounds = [(-18.0, 18.0)] * len(z0)
         options = {"maxiter": 500, "ftol": 1e-14, "gtol": 1e-9}
-        found = minimize(objective, z0, jac=True, method="L-BFGS-B", bounds=bounds, options=options)
+        found = scipy.optimize.minimize(objective, z0, jac=True, method="L-BFGS-B", bounds=bounds, options=options)
         precision, noise = unpack(found.x)
         return Optimum(precision, noise if fit_noise else None, at)

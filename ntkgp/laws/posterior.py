@@ -51,6 +51,7 @@ def _batch_of_one(trial: Trial) -> float:
 
 
 @law("B1", "Posterior covariance of each input, J⋆(H + Λ)⁻¹J⋆ᵀ.", problems=(*REGRESSIONS, "relu"))
+@law("D1", "Softmax: posterior covariance with all of diag(p) − ppᵀ.", problems=("softmax",))
 def _covariance(trial: Trial) -> float:
     x = trial.x_test
     return rel(trial.fitted.covariance(x), trial.reference.covariance(x))
@@ -180,7 +181,8 @@ def _relu_scale(trial: Trial) -> float:
 
 
 @law("C3", "A Nyström posterior (ELLA) lies below the exact one.", kinds=("nystrom",), problems=TWO)
-def _nystrom_below(trial: Trial) -> float:
+@law("C7", "Fewer weights, less variance: V ≼ that of all weights.", kinds=("last_layer", "subnetwork"), problems=TWO)
+def _below_the_exact(trial: Trial) -> float:
     x = trial.x_test
     found = spread(trial.fitted, x)
     return loewner(spread_like(found, trial.exact.joint_covariance(x), trial.exact.num_outputs), found)
@@ -197,13 +199,6 @@ def _nystrom_at_landmarks(trial: Trial) -> tuple[float, str]:
     return rel(found, exact), f"variances between {float(ratio.min()):.3g} and {float(ratio.max()):.3g} of the exact"
 
 
-@law("C7", "Fewer weights, less variance: V ≼ that of all weights.", kinds=("last_layer", "subnetwork"), problems=TWO)
-def _fewer_weights(trial: Trial) -> float:
-    x = trial.x_test
-    found = spread(trial.fitted, x)
-    return loewner(spread_like(found, trial.exact.joint_covariance(x), trial.exact.num_outputs), found)
-
-
 @law(
     "C9", "VaLLA with inducing points at all training inputs is the exact posterior of its hyper-parameters.",
     kinds=("variational",), tolerance=1e-3,
@@ -214,12 +209,6 @@ def _variational_at_the_data(trial: Trial) -> tuple[float, str]:
     found, exact = fitted.covariance(x), trial.dense(kind="exact", precision=precision, noise=noise).covariance(x)
     ratio = found.diagonal(dim1=1, dim2=2) / exact.diagonal(dim1=1, dim2=2)
     return rel(found, exact), f"variances between {float(ratio.min()):.3g} and {float(ratio.max()):.3g} of the exact"
-
-
-@law("D1", "Softmax: posterior covariance with all of diag(p) − ppᵀ.", problems=("softmax",))
-def _softmax_covariance(trial: Trial) -> float:
-    x = trial.x_test
-    return rel(trial.fitted.covariance(x), trial.reference.covariance(x))
 
 
 @law("D2", "Softmax: points whose curvature vanishes leave the prior.", kinds=("exact",), problems=("softmax",))

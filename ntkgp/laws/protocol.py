@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor, nn
+from torch.utils.data import DataLoader, TensorDataset
 
 KINDS = ("exact", "last_layer", "subnetwork", "diagonal", "kfac", "subset", "nystrom", "variational")
 
@@ -82,6 +83,21 @@ class Task:
     def classify(self) -> bool:
         """Whether the targets are labels."""
         return self.likelihood == "classification"
+
+    @property
+    def loader(self) -> DataLoader:
+        """The data in batches, in order; the seed that every loader draws is taken from a generator of its own."""
+        own = torch.Generator().manual_seed(0)
+        return DataLoader(TensorDataset(self.x, self.y), batch_size=self.batch_size, generator=own)
+
+    def at(self, precision: Tensor | None = None, noise: float | None = None) -> Task:
+        """The task with other hyper-parameters; the task itself where none is given."""
+        if precision is None and noise is None:
+            return self
+        return replace(
+            self, precision=self.precision if precision is None else precision,
+            noise=self.noise if noise is None else float(noise),
+        )  # fmt: skip
 
 
 @dataclass(frozen=True)

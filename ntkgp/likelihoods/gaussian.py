@@ -70,9 +70,7 @@ class MultioutputGaussianLikelihood(_GaussianLikelihoodBase):
 
     @property
     def raw_noise(self) -> Tensor:
-        """The unconstrained noise parameter, the very object of the wrapped likelihood."""
-        if self._fixed:
-            raise AttributeError("raw_noise: a fixed noise has no parameter")
+        """The unconstrained noise parameter, the very object of the wrapped likelihood; a fixed noise has none."""
         return self.noise_covar.raw_noise
 
     @property
@@ -95,7 +93,7 @@ class MultioutputGaussianLikelihood(_GaussianLikelihoodBase):
         **kwargs: Any,
     ) -> Tensor | LinearOperator:
         if len(base_shape) < 2:
-            raise ValueError(f"expected values of shape (*batch, N, C), got {tuple(base_shape)}")
+            raise ValueError(f"values: expected shape (*batch, N, C), got {tuple(base_shape)}")
         batch, size = base_shape[:-2], base_shape[-2:].numel()
         terms: list[LinearOperator] = []
         if noise is not None:

@@ -29,6 +29,25 @@ def parse_memory(max_memory: str | int | float) -> int:
     raise ValueError(f"max_memory: expected a positive number of bytes or a string like '2GiB', got {max_memory!r}")
 
 
+def require(smallest: int, budget: int, what: str) -> None:
+    """Refuse a budget that is too small.
+
+    :param smallest: bytes that are enough.
+    :param what: what does not fit, for people.
+    :raises ValueError: ``budget < smallest``.
+
+    >>> require(100, 2048, "two rows")
+    >>> require(4096, 2048, "two rows")
+    Traceback (most recent call last):
+    ValueError: max_memory: 2 KiB is too small for two rows; the smallest possible is 4 KiB
+    """
+    if smallest > budget:
+        raise ValueError(
+            f"max_memory: {format_memory(budget)} is too small for {what}; "
+            f"the smallest possible is {format_memory(smallest)}"
+        )
+
+
 def format_memory(num_bytes: float) -> str:
     """Bytes in the unit people read, rounded up: what is printed as the smallest possible budget is enough.
 

@@ -269,6 +269,7 @@ class LinearizedNetwork:
 
     def _side(self, x: Any, outputs: Tensor | None = None) -> Side:
         if isinstance(x, Factors):
+            self.engine.kept_slots(x)
             return Side(x.x, x.outputs, x)
         packed = self.pack(x)
         if outputs is not None:

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from ntkgp.linearization.grams.factors import Factors
+from ntkgp.linearization.grams.features import room_of_features
 from ntkgp.linearization.memory import format_memory, parse_memory
 
 if TYPE_CHECKING:
@@ -22,6 +23,8 @@ EIGENVALUE_CUT = 1e-10
 _NO_GRADIENTS = "landmarks: the network's gradients are zero at all of them"
 # Below so many rows a whole eigendecomposition is no slower than an iterative one.
 _DENSE_ROWS = 1000
+# Mixtures of rows that are pulled back together: of more, the copies on the way would be what takes memory.
+_PULLED = 4
 
 
 def _kept(function: Callable[[Any], _T]) -> cached_property[_T]:
@@ -158,7 +161,9 @@ class LandmarkFeatures:
     def directions(self) -> Tensor | None:
         """Row k holds direction k of every group, shape (max r_g, P), where products with these are the cheaper way."""
         width, lin = max(self.ranks), self.lin
-        if self.mixing is None or 8 * 2 * width * lin.num_parameters > self.max_memory:
+        # Blocks of features take half of what is given; see `block_rows`.
+        needed = 8 * 2 * width * lin.num_parameters + 2 * room_of_features(lin, width)
+        if self.mixing is None or needed > self.max_memory:
             return None
         block = 256
         dual = lin.explain(block, len(self.landmarks)).flops / block
@@ -224,7 +229,8 @@ class LandmarkFeatures:
     def _visit(self, x: Tensor, dtype: torch.dtype, diagonals: bool) -> tuple[Tensor, Tensor | None]:
         lin, budget = self.lin, self.max_memory
         if self.directions is not None:
-            found = lin.features(x, self.directions, budget, per_group=True).to(torch.float64)
+            rest = budget - self.directions.nbytes
+            found = lin.features(x, self.directions, rest, per_group=True).to(torch.float64)
             parts = [f[..., :rank] for f, rank in zip(found, self.ranks, strict=True)]
             return torch.cat(parts, dim=-1), lin.gram_diagonals(x, max_memory=budget) if diagonals else None
         side: Tensor | Factors = x
@@ -293,9 +299,9 @@ def _all_rows(
         )
     source = z if outputs is None else lin.factors(z, budget, outputs)
     grams = lin.grams(source, max_memory=budget)
-    index = torch.arange(len(lin.groups), device=z.device).unsqueeze(-1)
-    masked = lin.theta.to(z.device) * (lin.groups.index.to(z.device) == index)
-    products = lin.jvp(z, masked).to(torch.float64)  # shape: (G, M, C)
+    index, theta = lin.groups.index.to(z.device), lin.theta.to(z.device)
+    # One group at a time: G vectors of weights may be more than all Grams.
+    products = torch.stack([lin.jvp(z, theta * (index == g)) for g in range(len(lin.groups))]).to(torch.float64)
     if outputs is not None:
         products = products.gather(-1, outputs.expand(len(products), -1).unsqueeze(-1))
     return grams, products.flatten(1)
@@ -308,15 +314,21 @@ def _pull(lin: LinearizedNetwork, z: Tensor, outputs: Tensor | None, weights: Te
     else:
         cotangents = weights.new_zeros(len(weights), len(z), lin.num_outputs)
         cotangents.scatter_(-1, outputs.expand(len(weights), -1).unsqueeze(-1), weights.unsqueeze(-1))
-    return lin.vjp(z, cotangents.to(lin.dtype)).to(torch.float64)
+    out = weights.new_empty(len(weights), lin.num_parameters)
+    for rows, some in zip(out.split(_PULLED), cotangents.to(lin.dtype).split(_PULLED), strict=True):
+        rows.copy_(lin.vjp(z, some))
+    return out
 
 
 def _of_directions(lin: LinearizedNetwork, directions: Tensor) -> tuple[Tensor, Tensor]:
     """Grams (G, K, K) of rows of weight space, and their products with the groups of θ̃, (G, K)."""
     index, theta = lin.groups.index.to(directions.device), lin.theta.to(directions)
-    parts = [directions[:, index == g] for g in range(len(lin.groups))]
-    grams = torch.stack([part @ part.mT for part in parts])
-    return grams, torch.stack([part @ theta[index == g] for g, part in enumerate(parts)])
+    grams, products = [], []
+    for g in range(len(lin.groups)):
+        part = directions[:, index == g]
+        grams.append(part @ part.mT)
+        products.append(part @ theta[index == g])
+    return torch.stack(grams), torch.stack(products)
 
 
 def _split(grams: Tensor, products: Tensor, tolerance: float) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...], Tensor]:

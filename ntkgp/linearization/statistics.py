@@ -145,10 +145,7 @@ def _update(triangle: Any, rows: Tensor) -> Any:
     size = rows.shape[1]
     triangle = numpy.zeros((size, size), order="F") if triangle is None else triangle
     below = numpy.asfortranarray(rows.numpy())
-    triangle, *_, info = scipy.linalg.lapack.dtpqrt(0, min(_PANEL, size), triangle, below, overwrite_a=1, overwrite_b=1)
-    if info != 0:
-        raise RuntimeError(f"dtpqrt: illegal argument {-info}")
-    return triangle
+    return scipy.linalg.lapack.dtpqrt(0, min(_PANEL, size), triangle, below, overwrite_a=1, overwrite_b=1)[0]
 
 
 def add_symmetric(matrix: Tensor, rows: Tensor) -> None:

@@ -10,7 +10,6 @@ import gpytorch
 import torch
 from gpytorch.distributions import MultivariateNormal
 from gpytorch.models import GP, ExactGP
-from linear_operator.operators import LinearOperator
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
@@ -315,13 +314,6 @@ class ExactNTKGP(Certified, NetworkGP, ExactGP):
     def _num_data(self) -> int:
         """N; of a loader known after the first pass."""
         return len(self.train_inputs[0]) if self.train_inputs is not None else self._training_side().num_data
-
-    def _gram(self) -> Tensor:
-        return self._training_side().gram(self.kernel.precision.detach())
-
-    def _noise(self) -> LinearOperator:
-        """Covariance of the observation noise of the rows that the factors condition on."""
-        return self._training_side().noise(self.likelihood, self.train_targets)
 
     def _factors(self) -> tuple[Any, NeuralTangentKernel]:
         """Factors at the present hyper-parameters with the kernel as a constant of them, kept until one changes."""

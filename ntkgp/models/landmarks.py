@@ -57,7 +57,7 @@ def choose_landmarks(
     generator = torch.Generator().manual_seed(seed)
     if selection == "balanced":
         return _balanced(batches, num_landmarks, generator)
-    size = max(_CANDIDATES.get(selection, 1) * num_landmarks, _LEAST_CANDIDATES * (selection in _CANDIDATES))
+    size = candidates_of(selection, num_landmarks)
     sample = _Reservoir(size, generator)
     for x, _ in batches:
         sample.add(x)
@@ -71,6 +71,11 @@ def choose_landmarks(
         return centres
     nearest = torch.cat([torch.cdist(part, rows).argmin(-1) for part in centres.split(256)])
     return rows[nearest.unique()]
+
+
+def candidates_of(selection: str, num_landmarks: int) -> int:
+    """How many data a selection looks at, where there are as many."""
+    return max(_CANDIDATES.get(selection, 1) * num_landmarks, _LEAST_CANDIDATES * (selection in _CANDIDATES))
 
 
 class _Reservoir:

@@ -20,6 +20,7 @@ from ntkgp.evidence.collapsed import Collapsed
 from ntkgp.evidence.single_pass import (
     OnePassEvidence,
     check_choices,
+    check_landmarks,
     current_noise,
     pass_identity,
     restored_features,
@@ -227,6 +228,10 @@ class NystromNTKGP(Certified, NetworkGP, GP):
     def _choose_features(self, batches: Batches) -> LandmarkFeatures:
         """Landmarks and their features at the present precisions."""
         precision, lin = self.kernel.precision.detach(), self.lin
+        check_landmarks(
+            batches, lin, self.landmark_selection, self.num_landmarks, self.num_features, self._kind, self.max_memory,
+            one_output=self.output_selection == "random",
+        )  # fmt: skip
         z = choose_landmarks(
             batches, lin, self.num_landmarks, self.landmark_selection, classification=self.is_classification,
             precision=precision, seed=self.seed, max_memory=self.max_memory,

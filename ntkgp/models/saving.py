@@ -23,7 +23,7 @@ from ntkgp.checkpoint import moved_to, plain, read_file, write_file
 from ntkgp.fingerprint import digest
 from ntkgp.likelihoods import BernoulliLikelihood, CategoricalLikelihood, MultioutputGaussianLikelihood
 from ntkgp.linearization import LinearizedNetwork, ParameterGroups
-from ntkgp.linearization.packing import InputPacking
+from ntkgp.linearization.packing import InputPacking, tree_unflatten
 
 FORMAT = "ntkgp model"
 SCHEMA = 1
@@ -195,8 +195,6 @@ def _same_types(a: Any, b: Any) -> bool:
 
 def _example(inputs: Mapping[str, Any] | None, device: torch.device) -> Any:
     """Made-up inputs: random numbers of the size that there was, and integers that occurred."""
-    from ntkgp.linearization.packing import tree_unflatten
-
     if inputs is None:
         raise ValueError("example: the network's inputs are of classes that no file holds; give some inputs")
     generator = torch.Generator().manual_seed(0)

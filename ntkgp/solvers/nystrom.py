@@ -95,9 +95,15 @@ class NystromPreconditioner:
 
 def _nystrom_factor(cross: Tensor, gram: Tensor, jitter: float) -> Tensor:
     """F with F Fᵀ = K̂, shape (*batch, n, m)."""
+    vectors, scale = inverse_root(gram, jitter)
+    return (cross @ vectors) * scale
+
+
+def inverse_root(gram: Tensor, jitter: float = _JITTER) -> tuple[Tensor, Tensor]:
+    """V (*batch, m, m) and c (*batch, 1, m) with V diag(c²) Vᵀ = (K_ZZ + εI)⁻¹; c = 0 where there is no kernel."""
     values, vectors = torch.linalg.eigh((gram + gram.mT) / 2)
     values = values.clamp_min(0.0)
     largest = values[..., -1:]
     # Without any kernel at the landmarks there is no approximation: K̂ = 0.
     shifted = torch.where(largest > 0, values + jitter * largest, torch.inf)
-    return (cross @ vectors) * shifted.clamp_min(torch.finfo(torch.float64).tiny).rsqrt().unsqueeze(-2)
+    return vectors, shifted.clamp_min(torch.finfo(torch.float64).tiny).rsqrt().unsqueeze(-2)

@@ -11,6 +11,7 @@ from ntkgp.linearization import LinearizedNetwork
 from ntkgp.linearization.memory import parse_memory
 from ntkgp.linearization.symmetric import SymmetricGrams
 from ntkgp.operators import NetworkHandle, NeuralTangentOperator
+from ntkgp.solvers.whitened import WhitenedSystem
 
 
 class TangentGram:
@@ -94,12 +95,41 @@ class TangentGram:
     def blocks(self, variance: Tensor) -> Tensor:
         """K(x_n, x_n), shape (N, C, C), float64."""
         if self._blocks is None:
-            budget = max(self.max_memory, self.lin.diagonals_memory(len(self.x)))
-            self._blocks = self.lin.gram_diagonals(self.x, max_memory=budget)
+            self._blocks = self._diagonal_blocks()
         return torch.einsum("g,gncd->ncd", variance.detach().to(self._blocks), self._blocks)
+
+    def system(self, variance: Tensor, factor: Tensor) -> WhitenedSystem:
+        """I + WᵀKW, for blocks of W (N, C, R)."""
+        return WhitenedSystem(
+            self.product(variance), lambda points: self.columns(points, variance), self.blocks(variance), factor
+        )
+
+    def _diagonal_blocks(self) -> Tensor:
+        """K_g(x_n, x_n), shape (G, N, C, C)."""
+        budget = max(self.max_memory, self.lin.diagonals_memory(len(self.x)))
+        return self.lin.gram_diagonals(self.x, max_memory=budget)
+
+    def push(self, v: Tensor) -> Tensor:
+        """J V in float64, (k, P) -> (n, k)."""
+        return push(self.lin, self.x, v).flatten(0, 1)
+
+    def pull(self, u: Tensor) -> Tensor:
+        """Jᵀ U in float64, (n, k) -> (k, P)."""
+        return pull(self.lin, self.x, u)
 
     def traces(self) -> Tensor:
         """Tr K_g, shape (G,)."""
         self.blocks(torch.ones(len(self.lin.groups)))
         assert self._blocks is not None
         return torch.einsum("gncc->g", self._blocks)
+
+
+def push(lin: LinearizedNetwork, x: Tensor, v: Tensor) -> Tensor:
+    """J(x) V in float64, (k, P) -> (N, C, k)."""
+    return lin.features(x, v.to(lin.dtype)).to(torch.float64)
+
+
+def pull(lin: LinearizedNetwork, x: Tensor, u: Tensor) -> Tensor:
+    """J(x)ᵀ U in float64, (N·C, k) -> (k, P)."""
+    rows = u.mT.reshape(u.shape[-1], len(x), -1).to(lin.dtype)
+    return lin.vjp(x, rows).to(torch.float64)

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from ntkgp.solvers.conjugate_gradients import Product
 from ntkgp.solvers.nystrom import NystromPreconditioner
 
 
@@ -65,25 +66,38 @@ class WhitenedSystem:
         """Indices of random inputs, by default about 8·√n rows and 200 at least; the global generator is left alone."""
         total, rank = self.factor.shape[0], self.factor.shape[2]
         if num_points is None:
-            num_points = -(-max(200, int(8 * self.size**0.5)) // rank)
+            num_points = -(-default_rows(self.size) // rank)
         if num_points < 1:
             raise ValueError(f"num_points: expected a positive number of landmarks, got {num_points}")
         generator = torch.Generator().manual_seed(seed)
         points = torch.randperm(total, generator=generator)[: min(num_points, total)].sort().values
         return points.to(self.factor.device)
 
-    def nystrom(self, points: Tensor) -> NystromPreconditioner:
-        """The Nyström approximation of A from all outputs of some inputs, indices (M,)."""
+    def whitened_columns(self, points: Tensor) -> tuple[Tensor, Tensor]:
+        """Columns of WᵀKW of all outputs of some inputs, (N·R, M·R), and their own rows, (M·R, M·R)."""
         columns = self.columns(points)
         m, (c, r) = len(points), self.factor.shape[1:]
         chosen = torch.einsum("nmc,mcr->nmr", columns.reshape(-1, m, c), self.factor[points]).reshape(-1, m * r)
         cross = self.reduce(chosen)
         rows = (points.unsqueeze(-1) * r + torch.arange(r, device=points.device)).reshape(-1)
-        return NystromPreconditioner(cross, cross[rows])
+        return cross, cross[rows]
+
+    def nystrom(self, points: Tensor) -> NystromPreconditioner:
+        """The Nyström approximation of A from all outputs of some inputs, indices (M,)."""
+        return NystromPreconditioner(*self.whitened_columns(points))
+
+    def preconditioner(self, points: Tensor) -> Product:
+        """The inverse of that approximation, for solvers."""
+        return self.nystrom(points)
 
     def random_nystrom(self, num_points: int | None = None, seed: int = 0) -> NystromPreconditioner:
         """The same from the random inputs of :meth:`landmarks`."""
         return self.nystrom(self.landmarks(num_points, seed))
+
+
+def default_rows(size: int) -> int:
+    """Landmark rows of a preconditioner for so many rows."""
+    return max(200, int(8 * size**0.5))
 
 
 def reduce_rows(rows: Tensor, factor: Tensor) -> Tensor:

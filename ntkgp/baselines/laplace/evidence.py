@@ -47,19 +47,25 @@ def finds_mode_directly(structure: Structure, tangent: Tangent) -> bool:
 
 def _fits_exactly(structure: Structure, tangent: Tangent) -> bool:
     """Whether the whole H beside an approximate structure is small."""
-    rows, p = tangent.count() * structure.lin.num_outputs, tangent.size
-    numbers = (len(structure.lin.groups) + 3) * min(rows, p) ** 2
-    if p <= rows:
-        numbers = max(numbers, (structure.num_channels + 3) * p**2)
-    return min(rows, p) <= _MOST_EXACT and 8 * numbers <= structure.max_memory
+    exact = _exact(structure, tangent)
+    size = min(tangent.count() * structure.lin.num_outputs, tangent.size)
+    # The vectors of the fit are those of the structure.
+    return size <= _MOST_EXACT and 8 * exact.numbers() + exact.smallest_room() <= exact.max_memory
+
+
+def _exact(structure: Structure, tangent: Tangent) -> Structure:
+    """The whole H, empty, within what the structure and the kept rows leave of the budget."""
+    lin, left = structure.lin, structure.room - tangent.most_held
+    if tangent.count() * lin.num_outputs < tangent.size:
+        return Dual(lin, tangent.count(), structure.classification, left)
+    return Primal(lin, None, structure.classification, left)
 
 
 def _companion(structure: Structure, tangent: Tangent) -> Structure | None:
     """The whole H, to find θ⋆ of an approximate structure in a step or two, where it is small and rows are kept."""
     if not isinstance(structure, Diagonal | Kfac) or not tangent.is_kept or not _fits_exactly(structure, tangent):
         return None
-    kind = Dual if tangent.count() * structure.lin.num_outputs < tangent.size else Primal
-    exact = kind(structure.lin, None, structure.classification, structure.max_memory)
+    exact = _exact(structure, tangent)
     exact.collect(tangent)
     return exact
 

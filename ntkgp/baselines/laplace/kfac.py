@@ -2,25 +2,62 @@
 
 from __future__ import annotations
 
-import copy
 import logging
-from collections.abc import Callable
-from typing import Any
+from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import unfold
 
 from ntkgp.baselines.laplace.capture import Capture, own_module, owners, places
-from ntkgp.baselines.laplace.structures import Diagonal, Primal, Structure, draw
+from ntkgp.baselines.laplace.rows import Pieces, add_products, row_pieces, smallest_room
+from ntkgp.baselines.laplace.structures import Diagonal, Primal, Structure, draw, white_pieces
 from ntkgp.baselines.laplace.tangent import Tangent, curvature_root
 from ntkgp.linearization import LinearizedNetwork
-from ntkgp.linearization.statistics import jacobian_rows
 
 logger = logging.getLogger("ntkgp")
 
 _EXACT = 1000  # weights of other layers that share one exact block
 _AGREES = 1e-3
+
+
+class ExactBlock(Primal):
+    """The whole H over some parameter tensors.
+
+    :param names: theirs, in the order of `columns`.
+    """
+
+    def __init__(
+        self, lin: LinearizedNetwork, columns: Tensor, classification: bool, max_memory: int, names: frozenset[str]
+    ) -> None:
+        super().__init__(lin, columns, classification, max_memory)
+        self._names = names
+        self._place = torch.zeros(lin.num_parameters, dtype=torch.long)
+        self._place[columns] = torch.arange(len(columns))
+
+    def _gathered(self, pieces: Pieces) -> Tensor:
+        """Rows (B, ·, p)."""
+        parts = [(self._place[b.columns], b.form(slice(0, pieces.num_rows))) for b in pieces.blocks(self._names)]
+        first = parts[0][1]
+        out = first.new_empty(*first.shape[:2], len(self.columns))
+        for at, part in parts:
+            out[..., at] = part
+        return out
+
+    def add_pieces(self, pieces: Pieces) -> None:
+        """Add the moments of whitened rows."""
+        rows = self._gathered(pieces)
+        for k in range(self.num_channels):
+            part = rows.flatten(0, 1) if self.classification else rows[:, k]
+            self.moments[k].addmm_(part.mT, part)
+
+    def add_covariance(self, out: Tensor, pieces: Pieces) -> None:
+        """Add J Σ Jᵀ of its weights, (B, C, C)."""
+        root = self.roots(self._gathered(pieces))
+        out += root @ root.mT
+
+
+_Other = TypeVar("_Other", ExactBlock, Diagonal)
 
 
 class Layer:
@@ -29,8 +66,9 @@ class Layer:
     :math:`A` is the mean of :math:`aa^\top` over rows and positions, :math:`G_k` the sum of :math:`gg^\top`.
     """
 
-    def __init__(self, name: str, module: nn.Module, columns: Tensor, joint_bias: bool, channels: int) -> None:
-        self.name, self.module, self.columns, self.joint_bias = name, module, columns, joint_bias
+    def __init__(self, name: str, module: nn.Module, names: tuple[str, ...], columns: Tensor, channels: int) -> None:
+        self.name, self.module, self.names, self.columns = name, module, names, columns
+        self.joint_bias, self.num_positions = len(names) == 2, 1
         o, i = columns.shape
         self.inputs = torch.zeros(i, i, dtype=torch.float64)
         self.outputs = torch.zeros(channels, o, o, dtype=torch.float64)
@@ -38,7 +76,22 @@ class Layer:
 
     def positions(self, calls: list[Tensor]) -> Tensor:
         """Inputs at all positions of all calls, (·, I)."""
-        return torch.cat([self._unfolded(a) for a in calls])
+        return torch.cat([self._unfolded(a) for a in calls]) if len(calls) > 1 else self._unfolded(calls[0])
+
+    def numbers(self) -> int:
+        """Numbers that are held: A, G, their eigenvectors, two per weight."""
+        o, i = self.columns.shape
+        return 2 * i * i + (len(self.outputs) + 1) * o * o + 3 * o * i
+
+    def numbers_on_the_way(self) -> int:
+        """Numbers of an eigendecomposition, and of products with some vectors of weights."""
+        o, i = self.columns.shape
+        return max(4 * i * i, (len(self.outputs) + 3) * o * o, 4 * o * i)
+
+    def pass_bytes(self) -> int:
+        """Bytes of what is unfolded and cast for one input."""
+        o, i = self.columns.shape
+        return 8 * self.num_positions * (3 * i + 3 * o)
 
     def _unfolded(self, a: Tensor) -> Tensor:
         m = self.module
@@ -48,8 +101,12 @@ class Layer:
         elif isinstance(m, nn.Conv2d):
             assert not isinstance(m.padding, str)
             a = unfold(a, m.kernel_size, m.dilation, m.padding, m.stride).mT
-        a = a.reshape(-1, a.shape[-1]).double()
-        return torch.cat([a, a.new_ones(len(a), 1)], -1) if self.joint_bias else a
+        a = a.reshape(-1, a.shape[-1])
+        if not self.joint_bias:
+            return a.double()
+        out = a.new_ones(len(a), a.shape[-1] + 1, dtype=torch.float64)
+        out[:, :-1] = a
+        return out
 
     def gradients(self, calls: list[Tensor]) -> Tensor:
         """Gradients at all positions of all calls, (·, O)."""
@@ -88,7 +145,7 @@ class Layer:
 
     def roots(self, rows: Tensor) -> Tensor:
         """Rows (N, C, O, I) times a root of Σ."""
-        return (self._qg.T @ rows @ self._qa) * self._variance.sqrt()
+        return (self._qg.T @ rows @ self._qa).mul_(self._variance.sqrt())
 
 
 class Kfac(Structure):
@@ -98,27 +155,15 @@ class Kfac(Structure):
     functional use), get one exact block together, up to 1000 weights, and the diagonal beyond.
     """
 
-    def __init__(
-        self,
-        lin: LinearizedNetwork,
-        x: Tensor,
-        output: Callable[[Any], Tensor] | None,
-        classification: bool,
-        max_memory: int,
-    ) -> None:
+    def __init__(self, lin: LinearizedNetwork, x: Tensor, classification: bool, max_memory: int) -> None:
         super().__init__(lin, None, classification, max_memory)
         self.layers = self._known(x)
         known = torch.zeros(lin.num_parameters, dtype=torch.bool)
         for layer in self.layers:
             known[layer.columns.reshape(-1)] = True
-        exact, diagonal = self._others(known)
-        self.others: list[Structure] = []
-        if exact:
-            self.others.append(Primal(lin, torch.cat(exact), classification, max_memory))
-        if diagonal:
-            self.others.append(Diagonal(lin, torch.cat(diagonal), classification, max_memory))
+        self.exact, self.diagonal = self._others(known)
+        self.others: list[Structure] = [other for other in (self.exact, self.diagonal) if other is not None]
         self._capture = Capture(lin, [layer.name for layer in self.layers])
-        self._rest = self._restricted(x, known, output) if self.others else None
 
     def _known(self, x: Tensor) -> list[Layer]:
         """Layers whose gradients follow from their inputs and output gradients, checked on some rows."""
@@ -135,7 +180,8 @@ class Kfac(Structure):
             joint = "bias" in own and bool(index[where[own["bias"]][0]] == index[columns[0, 0]])
             if joint:
                 columns = torch.cat([columns, where[own["bias"]].unsqueeze(-1)], -1)
-            found.append(Layer(name, layer, columns, joint, self.num_channels))
+            together = (own["weight"], own["bias"]) if joint else (own["weight"],)
+            found.append(Layer(name, layer, together, columns, self.num_channels))
         if not found:
             return found
         x = x[:4]
@@ -149,37 +195,55 @@ class Kfac(Structure):
             inputs = capture.inputs.get(layer.name, [])
             if not inputs:
                 return False
-            product = layer.gradients(gradients[layer.name]).T @ layer.positions(inputs)
+            positions = layer.positions(inputs)
+            layer.num_positions = -(-len(positions) // len(x))
+            product = layer.gradients(gradients[layer.name]).T @ positions
             wanted = target[layer.columns]
             return bool((product - wanted).norm() <= _AGREES * wanted.norm())
 
         return [layer for layer in found if agrees(layer)]
 
-    def _others(self, known: Tensor) -> tuple[list[Tensor], list[Tensor]]:
-        exact: list[Tensor] = []
-        diagonal: list[Tensor] = []
-        names: tuple[list[str], list[str]] = ([], [])
+    def _others(self, known: Tensor) -> tuple[ExactBlock | None, Diagonal | None]:
+        exact: dict[str, Tensor] = {}
+        diagonal: dict[str, Tensor] = {}
         held = 0
         for name, place in places(self.lin).items():
             if known[place[0]]:
                 continue
             small = held + len(place) <= _EXACT
             held += len(place) if small else 0
-            (exact if small else diagonal).append(place)
-            names[0 if small else 1].append(name)
-        for kind, chosen in zip(("an exact", "a diagonal"), names, strict=True):
+            (exact if small else diagonal)[name] = place
+        for kind, chosen in (("an exact", exact), ("a diagonal", diagonal)):
             if chosen:
                 logger.info("kfac: %s block for %s", kind, ", ".join(chosen))
-        return exact, diagonal
 
-    def _restricted(self, x: Tensor, known: Tensor, output: Callable[[Any], Tensor] | None) -> LinearizedNetwork:
-        """The network linearised in the other weights alone, for their rows."""
-        frozen = self.lin.frozen
-        module = copy.deepcopy(frozen.module(frozen.device))
-        where = places(self.lin)
-        for name, parameter in module.named_parameters():
-            parameter.requires_grad_(name in where and not bool(known[where[name][0]]))
-        return LinearizedNetwork(module, self.lin.unpack(x[:2]), groups="single", output=output)
+        def make(kind: type[_Other], chosen: dict[str, Tensor]) -> _Other | None:
+            names, columns = frozenset(chosen), torch.cat([*chosen.values(), known.new_zeros(0, dtype=torch.long)])
+            return kind(self.lin, columns, self.classification, self.max_memory, names) if chosen else None
+
+        return make(ExactBlock, exact), make(Diagonal, diagonal)
+
+    def numbers(self) -> int:
+        """Of the blocks, and of one layer on the way."""
+        others = sum(other.numbers() for other in self.others)
+        on_the_way = max((layer.numbers_on_the_way() for layer in self.layers), default=0)
+        return others + sum(layer.numbers() for layer in self.layers) + on_the_way
+
+    def describe(self) -> str:
+        """How many layers."""
+        return f"the Kronecker factors of {len(self.layers)} layers and their passes"
+
+    def _input_bytes(self) -> int:
+        """Bytes of one input's pass with a graph, and of what the largest layer makes of it."""
+        return 4 * self.lin.activation_bytes + max((layer.pass_bytes() for layer in self.layers), default=0)
+
+    def _rows_of_others(self) -> int:
+        """Bytes of one input's rows of the exact block: they, whitened, and on the way."""
+        return 0 if self.exact is None else 4 * 8 * self.lin.num_outputs * len(self.exact.columns)
+
+    def smallest_room(self) -> int:
+        """Of one input."""
+        return max(self._input_bytes(), smallest_room(self.lin) + self._rows_of_others())
 
     def begin(self) -> None:
         """Start to gather."""
@@ -189,11 +253,13 @@ class Kfac(Structure):
     def collect(self, tangent: Tangent) -> None:
         """Gather A and G_k of each layer, and the other blocks: one forward and C backward passes."""
         self.begin()
-        step = max(1, self.max_memory // (16 * self.lin.activation_bytes))
+        step = max(1, self.room // 2 // self._input_bytes())
         for view in tangent:
             for x in view.x.split(step):
                 self._add_layers(x)
-                self._add_others(x)
+            if self.others:
+                for rows, pieces in white_pieces(self, view.x, view.f, self._rows_of_others()):
+                    self._add_others(rows, pieces)
         for layer in self.layers:
             layer.prepare()
 
@@ -204,7 +270,7 @@ class Kfac(Structure):
         c = f.shape[1]
         for layer in self.layers:
             a = layer.positions(self._capture.inputs[layer.name])
-            layer.inputs += a.T @ a
+            layer.inputs.addmm_(a.T, a)
             layer.count += len(a)
         root = curvature_root(f.detach().double()) if self.classification else None
         for r in range(c):
@@ -214,18 +280,13 @@ class Kfac(Structure):
             gradients = self._capture.pull(f, cotangent, retain=r + 1 < c)
             for layer in self.layers:
                 g = layer.gradients(gradients[layer.name])
-                layer.outputs[0 if self.classification else r] += g.T @ g
+                layer.outputs[0 if self.classification else r].addmm_(g.T, g)
 
-    def _add_others(self, x: Tensor) -> None:
-        if self._rest is None:
-            return
-        f, rows = self.lin(x).double(), jacobian_rows(self._rest, x, self.max_memory)
-        for other in self.others:
-            other.add(f, rows[..., self._places_in_rest(other)])
-
-    def _places_in_rest(self, other: Structure) -> Tensor:
-        everything = torch.cat([o.columns for o in self.others]).sort().values
-        return torch.searchsorted(everything, other.columns)
+    def _add_others(self, step: int, pieces: Pieces) -> None:
+        if self.exact is not None:
+            self.exact.add_pieces(pieces)
+        if self.diagonal is not None:
+            self.diagonal.add_pieces(step, pieces)
 
     def _factorise(self) -> None:
         for layer in self.layers:
@@ -268,13 +329,22 @@ class Kfac(Structure):
             out[:, other.columns] = other.sample(num_samples, generator)
         return out
 
-    def roots(self, rows: Tensor) -> Tensor:
-        """Rows times a root of Σ."""
-        out = torch.empty_like(rows)
-        for layer in self.layers:
-            out[..., layer.columns] = layer.roots(rows[..., layer.columns])
-        for other in self.others:
-            out[..., other.columns] = other.roots(rows[..., other.columns])
+    def covariance(self, x: Tensor) -> Tensor:
+        """J Σ Jᵀ at single inputs, (N, C, C), block by block."""
+        c = self.lin.num_outputs
+        out = torch.zeros(len(x), c, c, dtype=torch.float64)
+        for rows, step, pieces in row_pieces(self.lin, x, self.room, extra=self._rows_of_others()):
+            for layer in self.layers:
+
+                def root(outputs: slice, layer: Layer = layer, pieces: Pieces = pieces) -> Tensor:
+                    formed = pieces.of_layer(layer.names, outputs).unflatten(-1, layer.columns.shape)
+                    return layer.roots(formed).flatten(2)
+
+                add_products(out[rows], c, step, root)
+            if self.exact is not None:
+                self.exact.add_covariance(out[rows], pieces)
+            if self.diagonal is not None:
+                self.diagonal.add_covariance(out[rows], step, pieces)
         return out
 
     def state(self) -> dict[str, Tensor]:

@@ -70,14 +70,25 @@ class LastLayer(Structure):
         c = lin.num_outputs
         self._shape = (c, len(self.columns) // c)
 
+    def numbers(self) -> int:
+        """The moments, scaled, their factor, its inverse and two on the way."""
+        c, width = self._shape
+        return 6 * (c * width) ** 2 if self.classification else (5 * c + 1) * width**2
+
+    def describe(self) -> str:
+        """How many weights."""
+        return "the curvature of {} × {} weights".format(*self._shape)
+
+    def smallest_room(self) -> int:
+        """Of one input: its activations, and its features."""
+        return 4 * self.lin.activation_bytes + 32 * self._shape[1]
+
     def collect(self, tangent: Tangent) -> None:
         """Gather ΦᵀΦ (F, F), or Σ B_n ⊗ φφᵀ (CF, CF)."""
         c, width = self._shape
         if self.classification:
-            self._need(4 * (c * width) ** 2, f"curvature of {c} × {width} weights")
             moments = torch.zeros(c, c, width, width, dtype=torch.float64)
         else:
-            self._need((3 * c + 1) * width**2, f"curvature of {c} × {width} weights")
             moments = torch.zeros(width, width, dtype=torch.float64)
         for view in tangent:
             assert isinstance(view, HeadView)

@@ -17,7 +17,7 @@ from ntkgp.baselines.laplace.evidence import Evidence, finds_mode_directly
 from ntkgp.baselines.laplace.kfac import Kfac
 from ntkgp.baselines.laplace.last_layer import Head, LastLayer
 from ntkgp.baselines.laplace.structures import Diagonal, Dual, Primal, Structure
-from ntkgp.baselines.laplace.tangent import Tangent, squared_errors
+from ntkgp.baselines.laplace.tangent import Tangent, inputs_at_a_time, squared_errors
 from ntkgp.baselines.protocol import Baseline, labelled, normal, observed
 from ntkgp.likelihoods import BernoulliLikelihood, CategoricalLikelihood
 from ntkgp.linearization.checks import real_numbers
@@ -79,8 +79,8 @@ class Laplace(Baseline):
         :math:`\tfrac12\lVert\theta_\star - \tilde\theta\rVert^2_{H + \Lambda}` for a Gaussian likelihood and full H,
         says how wrong the one at θ̃ is.
     :ivar theta_star: all weights, (P,); those outside the structure as in θ̃.
-    :raises ValueError: an unknown option, or one that the structure does not have; a matrix that does not fit in
-        `max_memory`.
+    :raises ValueError: an unknown option, or one that the structure does not have; a `max_memory` that does not hold
+        the structure, some vectors of its weights and a pass of one input: the message gives the smallest.
 
     Cost: one pass with C backward chains per row, then per evaluation of the evidence at θ⋆ a few passes (products with
     kept rows where they fit in a quarter of `max_memory`) and a factorisation: P³ or (NC)³ (full), p³ (subnetwork),
@@ -206,41 +206,69 @@ class Laplace(Baseline):
 
     def _gather(self, batches: Batches, precision: Tensor, noise: Tensor) -> tuple[Structure, Tangent]:
         """The structure with what the data say of it, and the data."""
-
-        def tangent_of(columns: Tensor | None = None, features: Any = None) -> Tangent:
-            return Tangent(self.lin, batches, self.is_classification, self.max_memory, columns, features, self.progress)
-
+        columns, features = None, None
         if self.structure == "last_layer":
             head = Head(self.lin, self._example, self._layer)
-            tangent = tangent_of(head.columns, head.features if head.is_linear else None)
+            columns, features = head.columns, head.features if head.is_linear else None
             structure = self._head_structure(head)
         elif self.structure == "subnetwork":
-            columns = self._select(batches, tangent_of, precision, noise)
-            tangent = tangent_of(columns)
+            self._check_subnetwork()
+            columns = self._select(batches, precision, noise)
             structure = Primal(self.lin, columns, self.is_classification, self.max_memory)
         else:
-            tangent = tangent_of()
-            structure = self._over_all(self._is_dual(tangent) if self.structure == "full" else False)
+            count = self._tangent(batches, self.max_memory).count() if self.structure == "full" else 0
+            structure = self._over_all(self._is_dual(count), count)
+        return structure, self._collected(structure, batches, columns, features)
+
+    def _check_subnetwork(self) -> None:
+        """Refuse a budget that only the scores of the weights would fit in."""
+        if self._size is None or self._size > self.lin.num_parameters or self._score != "laplace":
+            return
+        columns = torch.arange(self._size)
+        parts: list[Structure] = [
+            Primal(self.lin, columns, self.is_classification, self.max_memory),
+            Diagonal(self.lin, None, self.is_classification, self.max_memory),
+        ]
+        max((self._sized(part) for part in parts), key=Structure.smallest_budget).check_memory()
+
+    def _sized(self, structure: Structure) -> Structure:
+        """The structure, once it knows whether θ⋆ is sought."""
+        structure.seeks_mode = self.evidence == "theta_star" or self.mean == "posterior"
+        return structure
+
+    def _tangent(
+        self, batches: Batches, max_memory: int, columns: Tensor | None = None, features: Any = None
+    ) -> Tangent:
+        return Tangent(self.lin, batches, self.is_classification, max_memory, columns, features, self.progress)
+
+    def _collected(
+        self, structure: Structure, batches: Batches, columns: Tensor | None = None, features: Any = None
+    ) -> Tangent:
+        """The data, once a structure has gathered what they say."""
+        self._sized(structure).check_memory()
+        tangent = self._tangent(batches, structure.room, columns, features)
         structure.collect(tangent)
-        return structure, tangent
+        return tangent
 
     def _head_structure(self, head: Head) -> Structure:
         if head.is_linear:
             return LastLayer(self.lin, head, self.is_classification, self.max_memory)
         return Primal(self.lin, head.columns, self.is_classification, self.max_memory)
 
-    def _over_all(self, dual: bool) -> Structure:
+    def _over_all(self, dual: bool, num_data: int = 0) -> Structure:
         if self.structure == "kfac":
-            return Kfac(self.lin, self._example, self._output, self.is_classification, self.max_memory)
-        kind = Diagonal if self.structure == "diagonal" else Dual if dual else Primal
+            return Kfac(self.lin, self._example, self.is_classification, self.max_memory)
+        if dual:
+            return Dual(self.lin, num_data, self.is_classification, self.max_memory)
+        kind = Diagonal if self.structure == "diagonal" else Primal
         return kind(self.lin, None, self.is_classification, self.max_memory)
 
-    def _is_dual(self, tangent: Tangent) -> bool:
-        if self.form != "auto":
-            return self.form == "dual"
-        return tangent.count() * self.lin.num_outputs < self.lin.num_parameters
+    def _is_dual(self, num_data: int) -> bool:
+        if self.structure != "full" or self.form != "auto":
+            return self.structure == "full" and self.form == "dual"
+        return num_data * self.lin.num_outputs < self.lin.num_parameters
 
-    def _select(self, batches: Batches, tangent_of: Any, precision: Tensor, noise: Tensor) -> Tensor:
+    def _select(self, batches: Batches, precision: Tensor, noise: Tensor) -> Tensor:
         if self._mask is not None:
             return selection.chosen_by_mask(self.lin, self._mask)
         p = self.lin.num_parameters
@@ -251,8 +279,8 @@ class Laplace(Baseline):
             order = torch.randperm(p, generator=torch.Generator().manual_seed(self.seed))
             return order[: self._size].sort().values
         if self._score == "laplace":
-            tangent = tangent_of()
-            diagonal = selection.diagonal_of(self.lin, tangent, self.max_memory)
+            diagonal = Diagonal(self.lin, None, self.is_classification, self.max_memory)
+            tangent = self._collected(diagonal, batches)
             if self._start_noise is None and not self.is_classification:
                 noise = (squared_errors(tangent) / tangent.num_data).clamp_min(1e-12)
             return selection.largest(selection.laplace_scores(diagonal, precision, 1 / noise), self._size)
@@ -282,10 +310,11 @@ class Laplace(Baseline):
         return self._predict_sampled(x) if self.prediction == "weights" else self._predict_linearised(x)
 
     def _predict_linearised(self, x: Tensor) -> Distribution:
-        mean = self.lin(x).double()
+        chunks = x.split(inputs_at_a_time(self.lin, self.curvature.room))
+        mean = torch.cat([self.lin(chunk).double() for chunk in chunks])
         if self.mean == "posterior":
             move = (self.theta_star - self.lin.theta.double()).to(self.lin.dtype)
-            mean = mean + self.lin.jvp(x, move).double()
+            mean = mean + torch.cat([self.lin.jvp(chunk, move).double() for chunk in chunks])
         covariance = _definite(self.curvature.covariance(x))
         if not self.is_classification:
             return observed(mean, covariance, self.noise)

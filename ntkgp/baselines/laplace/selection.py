@@ -9,7 +9,6 @@ from torch import Tensor
 
 from ntkgp.baselines.laplace.capture import own_module
 from ntkgp.baselines.laplace.structures import Diagonal
-from ntkgp.baselines.laplace.tangent import Tangent
 from ntkgp.linearization import LinearizedNetwork
 from ntkgp.linearization.frozen import pass_environment
 from ntkgp.models.batches import Batches
@@ -106,10 +105,3 @@ def _training_loss(f: Tensor, y: Tensor, classification: bool) -> Tensor:
     if f.shape[1] == 1:
         return torch.nn.functional.binary_cross_entropy_with_logits(f[:, 0], y.to(f.dtype))
     return torch.nn.functional.cross_entropy(f, y.long())
-
-
-def diagonal_of(lin: LinearizedNetwork, tangent: Tangent, max_memory: int) -> Diagonal:
-    """The diagonal structure of all weights."""
-    found = Diagonal(lin, None, tangent.classification, max_memory)
-    found.collect(tangent)
-    return found

@@ -3,14 +3,21 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Iterator
 
 import torch
 from torch import Tensor
 
+from ntkgp.baselines.laplace.rows import Block, Pieces, add_products, cut, pass_room, row_pieces, smallest_room
 from ntkgp.baselines.laplace.tangent import DenseView, Tangent, View, curvature_root
 from ntkgp.linearization import LinearizedNetwork
-from ntkgp.linearization.memory import format_memory
+from ntkgp.linearization.memory import require
 from ntkgp.linearization.statistics import jacobian_rows, rows_at_a_time
+
+# Vectors of one number per weight that are held at once, indices among them; and more while θ⋆ is searched.
+_VECTORS, _SEARCHED = 18, 8
+# Copies of the rows of one input where they are formed at once: they, a layer's, whitened, a root of Σ times them.
+_ROWS = 5
 
 
 def factor_with_identity(matrices: Tensor) -> Tensor:
@@ -19,10 +26,12 @@ def factor_with_identity(matrices: Tensor) -> Tensor:
     Where A is larger than 1/ε its rounding outweighs the identity and may leave negative eigenvalues: these count as
     zero, and the factor comes from the QR decomposition of a root of A above the identity, which adds nothing up.
     """
-    eye = torch.eye(matrices.shape[-1], dtype=matrices.dtype, device=matrices.device)
-    factor, info = torch.linalg.cholesky_ex(matrices + eye)
+    shifted = matrices.clone()
+    shifted.diagonal(dim1=-2, dim2=-1).add_(1)
+    factor, info = torch.linalg.cholesky_ex(shifted)
     if not bool((info != 0).any()):
         return factor
+    eye = torch.eye(matrices.shape[-1], dtype=matrices.dtype, device=matrices.device)
     values, vectors = torch.linalg.eigh((matrices + matrices.mT) / 2)
     root = values.clamp_min(0).sqrt().unsqueeze(-1) * vectors.mT
     upper = torch.linalg.qr(torch.cat([root, eye.expand_as(root)], -2)).R
@@ -34,9 +43,13 @@ class Structure(ABC):
 
     Regression has one :math:`H_k` per output, with :math:`w_k = 1/\sigma_k^2`; classification has one, with w = 1.
 
+    :param max_memory: bytes for everything: what is held, the vectors of a fit, and the passes.
     :ivar columns: its weights as places in ``lin.theta``, (p,), in its own order.
     :ivar index: the group of each, (p,).
+    :ivar seeks_mode: whether θ⋆ is sought also where rows are not kept.
     """
+
+    seeks_mode = True
 
     def __init__(self, lin: LinearizedNetwork, columns: Tensor | None, classification: bool, max_memory: int) -> None:
         self.lin, self.classification, self.max_memory = lin, classification, max_memory
@@ -46,6 +59,38 @@ class Structure(ABC):
         self.num_channels = 1 if classification else lin.num_outputs
         self.precision = torch.ones(len(self.columns), dtype=torch.float64)
         self.weights = torch.ones(self.num_channels, dtype=torch.float64)
+
+    @property
+    def held(self) -> int:
+        """Bytes that are held beside the passes: moments, their factors, and the vectors of a fit."""
+        # Where rows are kept nevertheless, a quarter of the budget beside them is not used.
+        vectors = _VECTORS + _SEARCHED * self.seeks_mode
+        return 8 * self.numbers() + 8 * vectors * len(self.columns) + 16 * self.lin.num_parameters
+
+    @abstractmethod
+    def numbers(self) -> int:
+        """Numbers of the moments and of what is made of them, at their peak."""
+
+    def smallest_room(self) -> int:
+        """Bytes of the passes of a single input."""
+        return pass_room(self.lin) + _ROWS * 8 * self.lin.num_outputs * self.lin.num_parameters
+
+    @property
+    def room(self) -> int:
+        """Bytes for passes."""
+        return max(self.smallest_room(), self.max_memory - self.held)
+
+    def smallest_budget(self) -> int:
+        """Bytes of the structure and the passes of one input."""
+        return self.held + self.smallest_room()
+
+    def check_memory(self) -> None:
+        """Refuse a budget that does not hold the structure and one input."""
+        require(self.smallest_budget(), self.max_memory, self.describe())
+
+    @abstractmethod
+    def describe(self) -> str:
+        """What takes the memory, for people."""
 
     def per_group(self, values: Tensor) -> Tensor:
         """Sums (G,) of values (p,)."""
@@ -94,9 +139,11 @@ class Structure(ABC):
 
     def covariance(self, x: Tensor) -> Tensor:
         """J Σ Jᵀ at single inputs, (N, C, C)."""
-        chunks = x.split(rows_at_a_time(self.lin, self.max_memory))
-        roots = (self.roots(self._rows(chunk)) for chunk in chunks)
-        return torch.cat([root @ root.mT for root in roots])
+        parts = []
+        for chunk in x.split(rows_at_a_time(self.lin, self.room)):
+            root = self.roots(self._rows(chunk))
+            parts.append(root @ root.mT)
+        return torch.cat(parts)
 
     def roots(self, rows: Tensor) -> Tensor:
         """Rows (N, C, p) times a root of Σ."""
@@ -111,15 +158,8 @@ class Structure(ABC):
         """Take back :meth:`state`."""
 
     def _rows(self, x: Tensor) -> Tensor:
-        rows = jacobian_rows(self.lin, x, self.max_memory)
+        rows = jacobian_rows(self.lin, x, self.room // 4)
         return rows if self._all else rows[..., self.columns]
-
-    def _need(self, numbers: int, what: str) -> None:
-        if 8 * numbers > self.max_memory:
-            raise ValueError(
-                f"max_memory: {what} needs {format_memory(8 * numbers)}, more than {format_memory(self.max_memory)}; "
-                "choose fewer weights or another structure"
-            )
 
     def _channels(self, f: Tensor, rows: Tensor) -> list[Tensor]:
         """Rows (·, p) of each channel, whitened for classification."""
@@ -133,13 +173,27 @@ def draw(shape: tuple[int, ...], generator: torch.Generator) -> Tensor:
     return torch.randn(shape, generator=generator, dtype=torch.float64)
 
 
+def white_pieces(structure: Structure, x: Tensor, f: Tensor, extra: int = 0) -> Iterator[tuple[int, Pieces]]:
+    """Pieces of the rows of H's root at inputs with outputs f, and how many rows of each may be formed at a time."""
+    white = (lambda rows: curvature_root(f[rows])) if structure.classification else None
+    for _, step, pieces in row_pieces(structure.lin, x, structure.room, white, extra):
+        yield step, pieces
+
+
 class Primal(Structure):
     """The whole H over its weights, K matrices of p × p. Cost: N·C·p² to gather, p³ for each set of precisions."""
+
+    def numbers(self) -> int:
+        """H_k, their sum scaled, its factor, and one on the way."""
+        return (self.num_channels + 3) * len(self.columns) ** 2
+
+    def describe(self) -> str:
+        """How many weights."""
+        return f"the curvature of {len(self.columns):,} weights"
 
     def begin(self) -> None:
         """Make room for H_k (K, p, p)."""
         p = len(self.columns)
-        self._need((self.num_channels + 3) * p * p, f"curvature of {p} weights")
         self.moments = torch.zeros(self.num_channels, p, p, dtype=torch.float64)
 
     def add(self, f: Tensor, rows: Tensor) -> None:
@@ -150,9 +204,8 @@ class Primal(Structure):
     def _factorise(self) -> None:
         self._scale = self.precision.rsqrt()
         curvature = torch.einsum("k,kij->ij", self.weights, self.moments)
-        scaled = curvature * self._scale * self._scale.unsqueeze(-1)
-        self._scaled = scaled
-        self._factor = factor_with_identity(scaled)
+        self._scaled = curvature.mul_(self._scale).mul_(self._scale.unsqueeze(-1))
+        self._factor = factor_with_identity(self._scaled)
 
     def logdet(self) -> float:
         """The log-determinant of I + Λ⁻¹H."""
@@ -161,8 +214,8 @@ class Primal(Structure):
     def gammas(self) -> tuple[Tensor, Tensor]:
         """tr(HΣ) by group and channel; no difference of large numbers."""
         inverse = torch.cholesky_inverse(self._factor)
-        by_group = self.per_group((inverse * self._scaled).sum(-1))
-        covariance = inverse * self._scale * self._scale.unsqueeze(-1)
+        by_group = self.per_group(torch.einsum("ij,ij->i", inverse, self._scaled))
+        covariance = inverse.mul_(self._scale).mul_(self._scale.unsqueeze(-1))
         return by_group, torch.einsum("kij,ij->k", self.moments, covariance) * self.weights
 
     def solve(self, v: Tensor) -> Tensor:
@@ -193,6 +246,24 @@ class Dual(Structure):
 
     views: list[View] | None = None
 
+    def __init__(self, lin: LinearizedNetwork, num_data: int, classification: bool, max_memory: int) -> None:
+        super().__init__(lin, None, classification, max_memory)
+        self._num_data = num_data
+
+    def numbers(self) -> int:
+        """The Grams, the factor of their sum, and three on the way."""
+        return (len(self.lin.groups) + 4) * (self._num_data * self.lin.num_outputs) ** 2
+
+    def describe(self) -> str:
+        """How many rows."""
+        return f"the Grams of {self._num_data:,} × {self.lin.num_outputs} rows"
+
+    def smallest_room(self) -> int:
+        """Of the Grams, beside which the matrices to come are not yet held, and of those with one input."""
+        n, c = self._num_data, self.lin.num_outputs
+        grams = self.lin.gram_memory(n, n) - 8 * len(self.lin.groups) * (n * c) ** 2
+        return max(pass_room(self.lin), grams, self.lin.gram_memory(n, 1), self.lin.diagonals_memory(1))
+
     def collect(self, tangent: Tangent) -> None:
         """Gather Grams and the factor S of the curvature."""
         views = list(tangent)
@@ -200,10 +271,9 @@ class Dual(Structure):
         self.views = views if all(isinstance(view, DenseView) for view in views) else None
         self.x = torch.cat([view.x for view in views])
         f = torch.cat([view.f for view in views])
-        n, c = f.shape
-        self._need((len(self.lin.groups) + 3) * (n * c) ** 2, f"the Grams of {n} × {c} rows")
         self.root = curvature_root(f) if self.classification else None
-        self.grams = self.lin.grams(self.x, max_memory=self.max_memory)
+        size = 8 * len(self.lin.groups) * f.numel() ** 2
+        self.grams = self.lin.grams(self.x, max_memory=size + self.room)
 
     def _whiten(self, rows: Tensor) -> Tensor:
         """Sᵀ times (NC, ·)."""
@@ -221,9 +291,9 @@ class Dual(Structure):
 
     def _factorise(self) -> None:
         self._variance = self.group_precision.reciprocal()
-        kernel = torch.einsum("g,gij->ij", self._variance, self.grams)
-        inner = self._whiten(self._whiten(kernel).T)
-        inner = (inner + inner.T) / 2
+        inner = self._whiten(torch.einsum("g,gij->ij", self._variance, self.grams))
+        inner = self._whiten(inner.T)
+        inner = (inner + inner.T).div_(2)
         self._factor = factor_with_identity(inner)
 
     def logdet(self) -> float:
@@ -233,9 +303,11 @@ class Dual(Structure):
     def gammas(self) -> tuple[Tensor, Tensor]:
         """tr(QK_g)/λ_g by group; by channel the parts of tr(I − (I + SᵀKS)⁻¹)."""
         inverse = torch.cholesky_inverse(self._factor)
-        q = self._colour(self._colour(inverse).T)
-        by_group = torch.einsum("gij,ij->g", self.grams, q) * self._variance
         rest = 1 - inverse.diagonal()
+        q = self._colour(inverse)
+        del inverse
+        q = self._colour(q.T)
+        by_group = torch.einsum("gij,ij->g", self.grams, q) * self._variance
         return by_group, rest.sum().reshape(1) if self.classification else rest.reshape(-1, self.num_channels).sum(0)
 
     def _pushed(self, v: Tensor) -> Tensor:
@@ -262,7 +334,7 @@ class Dual(Structure):
         """Draws of N(0, Σ) by Matheron's rule: a draw of the prior less what noisy data say of it."""
         prior = draw((num_samples, len(self.columns)), generator) * self.precision.rsqrt()
         # Dense rows serve all draws; else every draw takes two passes.
-        fits = 32 * len(self._factor) * len(self.columns) <= self.max_memory
+        fits = 32 * len(self._factor) * len(self.columns) <= self.room
         rows = self._rows(self.x).reshape(-1, len(self.columns)) if fits else None
         seen = self._whiten(self._pushed(prior) if rows is None else rows @ prior.T)
         noisy = seen + draw((num_samples, len(seen)), generator).T
@@ -272,13 +344,13 @@ class Dual(Structure):
     def covariance(self, x: Tensor) -> Tensor:
         """K⋆⋆ − K⋆X Q KX⋆ at single inputs, (N, C, C)."""
         c = self.lin.num_outputs
-        step = max(1, self.max_memory // (64 * c * len(self._factor)))
+        least, both = self.lin.gram_memory(len(self.x), 1), self.lin.gram_memory(len(self.x), 2)
+        step = 1 + max(0, self.room // 2 - least) // (4 * (both - least))
         parts = []
         for chunk in x.split(step):
-            own = torch.einsum(
-                "g,gncd->ncd", self._variance, self.lin.gram_diagonals(chunk, max_memory=self.max_memory)
-            )
-            cross = self.lin.weighted_gram(self.x, chunk, self._variance, self.max_memory)
+            budget = max(self.room, self.lin.diagonals_memory(len(chunk)))
+            own = torch.einsum("g,gncd->ncd", self._variance, self.lin.gram_diagonals(chunk, max_memory=budget))
+            cross = self.lin.weighted_gram(self.x, chunk, self._variance, self.room)
             roots = torch.linalg.solve_triangular(self._factor, self._whiten(cross), upper=False)
             roots = roots.T.reshape(len(chunk), c, -1)
             parts.append(own - roots @ roots.mT)
@@ -291,19 +363,83 @@ class Dual(Structure):
     def load(self, state: dict[str, Tensor]) -> None:
         """Take back inputs, factor and Grams."""
         self.x, self.grams, self.root = state["x"], state["grams"], state.get("root")
+        self._num_data = len(self.x)
 
 
 class Diagonal(Structure):
-    """The diagonal of H, streamed: K × p numbers."""
+    """The diagonal of H, streamed: K × p numbers. Rows are formed some outputs of some weights at a time.
+
+    :param names: parameter tensors, in the order of `columns`; None for all.
+    """
+
+    def __init__(
+        self, lin: LinearizedNetwork, columns: Tensor | None, classification: bool, max_memory: int,
+        names: frozenset[str] | None = None,
+    ) -> None:  # fmt: skip
+        super().__init__(lin, columns, classification, max_memory)
+        self._names = names
+        self._place = torch.zeros(lin.num_parameters, dtype=torch.long)
+        self._place[self.columns] = torch.arange(len(self.columns))
+
+    def numbers(self) -> int:
+        """The diagonals."""
+        return self.num_channels * len(self.columns)
+
+    def describe(self) -> str:
+        """How many weights."""
+        return f"the diagonal of the curvature of {len(self.columns):,} weights"
+
+    def smallest_room(self) -> int:
+        """Of one input."""
+        return smallest_room(self.lin)
 
     def begin(self) -> None:
         """Make room for the diagonals of H_k."""
         self.moments = torch.zeros(self.num_channels, len(self.columns), dtype=torch.float64)
 
+    def collect(self, tangent: Tangent) -> None:
+        """Add the squares of all rows."""
+        self.begin()
+        for view in tangent:
+            if isinstance(view, DenseView):
+                self.add(view.f, view.rows)
+                continue
+            for step, pieces in white_pieces(self, view.x, view.f):
+                self.add_pieces(step, pieces)
+
     def add(self, f: Tensor, rows: Tensor) -> None:
-        """Add the squares of rows."""
+        """Add the squares of rows that are held."""
         for k, part in enumerate(self._channels(f, rows)):
             self.moments[k] += part.square().sum(0)
+
+    def add_pieces(self, step: int, pieces: Pieces) -> None:
+        """Add the squares of whitened rows, `step` of each input at a time."""
+        for block in pieces.blocks(self._names):
+            at = self._place[block.columns]
+            for outputs in cut(pieces.num_rows, step):
+                squares = block.form(outputs).square_()
+                if self.classification:
+                    self.moments[0].index_add_(0, at, squares.sum((0, 1)))
+                else:
+                    self.moments[outputs].index_add_(1, at, squares.sum(0))
+
+    def covariance(self, x: Tensor) -> Tensor:
+        """J Σ Jᵀ at single inputs, (N, C, C)."""
+        c = self.lin.num_outputs
+        out = torch.zeros(len(x), c, c, dtype=torch.float64)
+        for rows, step, pieces in row_pieces(self.lin, x, self.room):
+            self.add_covariance(out[rows], step, pieces)
+        return out
+
+    def add_covariance(self, out: Tensor, step: int, pieces: Pieces) -> None:
+        """Add J Σ Jᵀ of its weights, (B, C, C)."""
+        for block in pieces.blocks(self._names):
+            deviation = self.variance[self._place[block.columns]].sqrt()
+
+            def root(outputs: slice, block: Block = block, deviation: Tensor = deviation) -> Tensor:
+                return block.form(outputs).mul_(deviation)
+
+            add_products(out, pieces.num_rows, step, root)
 
     def _factorise(self) -> None:
         self._curvature = self.weights @ self.moments
@@ -324,10 +460,6 @@ class Diagonal(Structure):
     def sample(self, num_samples: int, generator: torch.Generator) -> Tensor:
         """Independent draws."""
         return draw((num_samples, len(self.columns)), generator) * self.variance.sqrt()
-
-    def roots(self, rows: Tensor) -> Tensor:
-        """Rows times the standard deviations."""
-        return rows * self.variance.sqrt()
 
     def state(self) -> dict[str, Tensor]:
         """The diagonals."""

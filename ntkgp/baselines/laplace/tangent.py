@@ -96,6 +96,7 @@ class HeadView(View):
 class Tangent:
     """Training data as views of the tangent model, kept in memory where they fit in a quarter of the budget.
 
+    :param max_memory: bytes for the kept views and the passes.
     :param columns: the weights of the structure, as places in ``lin.theta``; None for all.
     :param features: of a linear head at packed inputs, instead of rows.
     """
@@ -146,6 +147,11 @@ class Tangent:
         return 8 * n * self.lin.num_outputs * self.size <= self._budget // 4
 
     @property
+    def most_held(self) -> int:
+        """Bytes that the kept views take at most."""
+        return self._budget // 4 if self.is_kept else 0
+
+    @property
     def is_kept(self) -> bool:
         """Whether the rows, or the features, are in memory."""
         return self._kept is not None
@@ -161,19 +167,21 @@ class Tangent:
 
     def _views(self, x: Tensor, y: Tensor) -> Iterator[View]:
         y = y if self.classification else y.reshape(len(x), -1)
-        f = self.lin(x).double()
-        if self._features is not None:
-            yield HeadView(x, y, f, self._features(x))
-        elif self._dense:
-            step = rows_at_a_time(self.lin, self._budget)
-            for part in zip(x.split(step), y.split(step), f.split(step), strict=True):
-                yield DenseView(*part, self.rows(part[0]))
-        else:
-            yield PassView(x, y, f, self.lin, self.columns)
+        at_once = inputs_at_a_time(self.lin, self._budget)
+        for inputs, targets in zip(x.split(at_once), y.split(at_once), strict=True):
+            f = self.lin(inputs).double()
+            if self._features is not None:
+                yield HeadView(inputs, targets, f, self._features(inputs))
+            elif self._dense:
+                step = rows_at_a_time(self.lin, self._budget)
+                for part in zip(inputs.split(step), targets.split(step), f.split(step), strict=True):
+                    yield DenseView(*part, self.rows(part[0]))
+            else:
+                yield PassView(inputs, targets, f, self.lin, self.columns)
 
     def rows(self, x: Tensor) -> Tensor:
         """J at the structure's weights, float64 (B, C, p)."""
-        rows = jacobian_rows(self.lin, x, self._budget)
+        rows = jacobian_rows(self.lin, x, self._budget // 4)
         return rows if self.columns is None else rows[..., self.columns]
 
     def blocks(self, view: View) -> Iterator[tuple[Tensor, Tensor]]:
@@ -184,6 +192,11 @@ class Tangent:
         step = rows_at_a_time(self.lin, self._budget)
         for x, f in zip(view.x.split(step), view.f.split(step), strict=True):
             yield f, self.rows(x)
+
+
+def inputs_at_a_time(lin: LinearizedNetwork, budget: int) -> int:
+    """Inputs whose passes, with a graph, take at most a quarter of the budget; at least one."""
+    return max(1, budget // (4 * 3 * lin.activation_bytes))
 
 
 def squared_errors(tangent: Tangent) -> Tensor:

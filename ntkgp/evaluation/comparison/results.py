@@ -129,6 +129,7 @@ class Comparison:
     def from_csv(cls, path: str | Path, kind: str) -> Comparison:
         """What :meth:`to_csv` wrote: all but the predictions and the notes.
 
+        :param path: of the file.
         :param kind: ``"regression"`` or ``"classification"``.
         """
         with Path(path).open(newline="", encoding="utf-8") as file:

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
+import scipy
 import torch
 from torch import Tensor
 from torch.distributions import Bernoulli, Categorical, Distribution, MultivariateNormal, Normal
@@ -120,6 +121,7 @@ def score(found: Predicted, y: Tensor, outside: Predicted | None, scale: Scale) 
     :param found: predictions of the test inputs.
     :param y: labels (N,), or targets (N, C) as the method saw them.
     :param outside: predictions of inputs from elsewhere.
+    :param scale: units of the targets.
     """
     rows = _classification(found, y) if found.probabilities is not None else _regression(found, y, scale)
     scores = dict(rows)
@@ -194,12 +196,10 @@ def _tempered(p: Tensor, labels: Tensor) -> Tensor:
 
 
 def _temperature(logs: Tensor, labels: Tensor) -> float:
-    from scipy.optimize import minimize_scalar
-
     def loss(log_temperature: float) -> float:
         return float(_cross_entropy(logs / math.exp(log_temperature), labels).mean())
 
-    return math.exp(float(minimize_scalar(loss, bounds=(-4.0, 4.0), method="bounded").x))
+    return math.exp(float(scipy.optimize.minimize_scalar(loss, bounds=(-4.0, 4.0), method="bounded").x))
 
 
 def _cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:

@@ -30,6 +30,8 @@ def original_units(
     :param target_mean: m_y, a number or ``(C,)``.
     :param target_std: s_y, a number or ``(C,)``, positive.
     :return: mean and variance in the units of the targets, float64.
+    :raises ValueError: shapes that differ, values that are not finite, a negative variance, a ``target_std`` that is
+        not positive.
 
     Cost: O(N·C).
 

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, TensorDataset
 
 from ntkgp.baselines import HessianFreeLaplace, Laplace
 from ntkgp.laws.protocol import Fitted, NotApplicableError, Optimum, Structure, Task
@@ -55,9 +55,9 @@ class _Comparator(Fitted):
 
     def __init__(self, task: Task) -> None:
         self.task = task
-        self.method = self._build()
+        self.method = self._build(task)
 
-    def _build(self):
+    def _build(self, task: Task):
         raise NotImplementedError
 
     def mean(self, x: Tensor) -> Tensor:
@@ -80,8 +80,7 @@ class _Comparator(Fitted):
 class _HessianFree(_Comparator):
     """Refits of the tangent model."""
 
-    def _build(self) -> HessianFreeLaplace:
-        task = self.task
+    def _build(self, task: Task) -> HessianFreeLaplace:
         method = HessianFreeLaplace(
             task.net, task.likelihood, groups="tensor", model="tangent", precision=task.precision, noise=task.noise
         )
@@ -102,41 +101,37 @@ class _Laplace(_Comparator):
 
     method: Laplace
 
-    def _build(
-        self, precision: Tensor | None = None, noise: float | None = None, mean: str = "network",
-        evidence: str | None = None,
-    ) -> Laplace:  # fmt: skip
-        task = self.task
+    def _build(self, task: Task, mean: str = "network", evidence: str | None = None) -> Laplace:
         structure = task.structure.lower().replace(" ", "_")
-        options = {} if task.classify else {"noise": task.noise if noise is None else noise}
+        options: dict[str, Any] = {} if task.classify else {"noise": task.noise}
         if structure == "subnetwork":
-            options["mask"] = task.indices  # type: ignore[assignment]
-        laplace = Laplace(
+            options["mask"] = task.indices
+        return Laplace(
             task.net, task.likelihood, structure=structure, groups="tensor", evidence=evidence, mean=mean,
-            precision=task.precision if precision is None else precision, **options,  # type: ignore[arg-type]
-        )  # fmt: skip
-        data, own = TensorDataset(task.x, task.y), torch.Generator().manual_seed(0)
-        return laplace.fit(DataLoader(data, batch_size=task.batch_size, generator=own))
+            precision=task.precision, **options,
+        ).fit(task.loader)  # fmt: skip
+
+    def _at(self, precision: Tensor | None, noise: float | None) -> Laplace:
+        task = self.task.at(precision, noise)
+        return self.method if task is self.task else self._build(task)
 
     def posterior_mean(self, x: Tensor) -> Tensor:
         """By ``mean="posterior"``."""
-        return self._build(mean="posterior").predict(x).latent.mean  # type: ignore[attr-defined]
+        return self._build(self.task, mean="posterior").predict(x).latent.mean  # type: ignore[attr-defined]
 
     def log_evidence(self, precision: Tensor | None = None, noise: float | None = None) -> float:
         """The evidence at θ⋆."""
-        method = self.method if precision is None and noise is None else self._build(precision, noise)
-        return method.log_evidences["theta_star"]
+        return self._at(precision, noise).log_evidences["theta_star"]
 
     def log_evidence_map(self, precision: Tensor | None = None, noise: float | None = None) -> float:
         """The evidence at θ̃."""
-        method = self.method if precision is None and noise is None else self._build(precision, noise)
-        return method.log_evidences["theta"]
+        return self._at(precision, noise).log_evidences["theta"]
 
     def optimum(self) -> Optimum:
         """``evidence="theta"``."""
         if not self.task.classify:
             raise NotApplicableError("fits a noise for each output, tasks have one")
-        return Optimum(self._build(evidence="theta").precision, None, "theta_map")
+        return Optimum(self._build(self.task, evidence="theta").precision, None, "theta_map")
 
     def samples(self, x: Tensor, size: int, generator: torch.Generator) -> Tensor:
         """``sample_weights`` through the tangent model."""

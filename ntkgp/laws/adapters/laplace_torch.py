@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, TensorDataset
 
 from ntkgp.laws.protocol import Fitted, NotApplicableError, Optimum, Structure, Task
 
@@ -63,15 +63,10 @@ class _Laplace(Fitted):
     def __init__(self, task: Task, steps: int) -> None:
         self.task, self.steps = task, steps
         self.la = self._build()
-        self._fit(task.x, task.y)
+        self.la.fit(task.loader)
 
     def _build(self) -> Any:
         raise NotImplementedError
-
-    def _fit(self, x: Tensor, y: Tensor, **options: Any) -> None:
-        # A generator of its own: a loader draws its seed from the global one, which is no doing of the library.
-        own = torch.Generator().manual_seed(0)
-        self.la.fit(DataLoader(TensorDataset(x, y), batch_size=self.task.batch_size, generator=own), **options)
 
     def _common(self, single: bool) -> dict[str, Any]:
         from laplace.curvature import BackPackGGN, CurvlinopsGGN  # type: ignore[import-not-found]
@@ -109,7 +104,7 @@ class _Laplace(Fitted):
 
     def refit(self) -> None:
         """``fit`` again."""
-        self._fit(self.task.x, self.task.y)
+        self.la.fit(self.task.loader)
 
 
 class _Parametric(_Laplace):
@@ -156,7 +151,7 @@ class _Parametric(_Laplace):
         """``fit(..., override=False)``."""
         if self.task.kind == "last_layer":
             raise NotApplicableError("last-layer classes refuse override=False")
-        self._fit(x, y, override=False)
+        self.la.fit(replace(self.task, x=x, y=y).loader, override=False)
         return self
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Mapping
 from dataclasses import replace
 
@@ -103,12 +104,9 @@ class _Exact(_Model):
         return self.model.kernel(self.lin.pack(x).double()).to_dense().detach()
 
     def _evidence(self, at: str, precision: Tensor | None, noise: float | None):
-        objective = evidence_objective(self.model.evidence_problem(at=at), at)
-        chosen = self.task.precision if precision is None else precision
-        if self.task.classify:
-            return objective.evaluate(chosen)
-        value = self.task.noise if noise is None else noise
-        return objective.evaluate(chosen, torch.tensor([value], dtype=DOUBLE))
+        objective, task = evidence_objective(self.model.evidence_problem(at=at), at), self.task.at(precision, noise)
+        noises = () if task.classify else (torch.tensor([task.noise], dtype=DOUBLE),)
+        return objective.evaluate(task.precision, *noises)
 
     def log_evidence(self, precision: Tensor | None = None, noise: float | None = None) -> float:
         """The objective of ``fit_evidence``."""
@@ -130,8 +128,8 @@ class _Exact(_Model):
 
     def update(self, x: Tensor, y: Tensor) -> Fitted:
         """``get_fantasy_model``."""
-        grown = object.__new__(_Exact)
-        grown.task, grown.lin = replace(self.task), self.lin
+        grown = copy.copy(self)
+        grown.task = replace(self.task, x=torch.cat([self.task.x, x]), y=torch.cat([self.task.y, y]))
         grown.model = self.model.get_fantasy_model(x, y)
         return grown
 

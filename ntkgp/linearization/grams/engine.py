@@ -160,9 +160,9 @@ class Engine:
         """Factors of all rows of x in the forms of others, so that products of the two need no change of form."""
         return self._again(lambda: build(self._lin, self.plan, x, self.kept_slots(kept), budget))
 
-    def factors_memory(self, num_rows: int) -> int:
-        """Smallest budget of `factors`."""
-        lin, k = self._lin, self._lin.num_outputs
+    def factors_memory(self, num_rows: int, num_outputs: int | None = None) -> int:
+        """Smallest budget of `factors`, of all outputs or of so many."""
+        lin, k = self._lin, num_outputs or self._lin.num_outputs
         slots = self.slots(Block.of(num_rows, num_rows, k, k, True))
         return num_rows * kept_bytes(lin, self.plan, slots, k) + pass_bytes(lin, self.plan, k)
 

@@ -72,17 +72,12 @@ class Factors:
 
 
 def pairs(lin: LinearizedNetwork, a: Factors, b: Factors) -> list[tuple[Slot, Term, Term]]:
-    """Terms of the same parameters on both sides; those that the two keep in different forms become rows.
-
-    :raises ValueError: factors of another network.
-    """
+    """Terms of the same parameters on both sides; those that the two keep in different forms become rows."""
     if a.slots == b.slots:
         return list(zip(a.slots, a.terms, b.terms, strict=True))
     left, right = dict(zip(a.slots, a.terms, strict=True)), dict(zip(b.slots, b.terms, strict=True))
     found = [(slot, term, right[slot]) for slot, term in left.items() if slot in right]
     rows1, rows2 = (_rows_by_name(lin, side, other) for side, other in ((left, right), (right, left)))
-    if rows1.keys() != rows2.keys():
-        raise ValueError("factors: made by another network, or before this one was given other groups")
     for group in {group for group, _ in rows1}:
         names = tuple(name for g, name in rows1 if g == group)
         one, two = (Rows(torch.cat([rows[group, name] for name in names], dim=-1)) for rows in (rows1, rows2))

@@ -17,7 +17,7 @@ from ntkgp.linearization.grams.factors import (
     kept_bytes,
     pass_bytes,
 )
-from ntkgp.linearization.memory import format_memory
+from ntkgp.linearization.memory import require
 from ntkgp.linearization.rules.terms import Lookup, Outer, Term
 
 if TYPE_CHECKING:
@@ -36,13 +36,9 @@ def features(lin: LinearizedNetwork, x: Tensor, v: Tensor, budget: int, per_grou
     parts = v.to(x.device, lin.dtype).split([p.numel() for p in lin.frozen.theta.values()], dim=1)
     directions = dict(zip(lin.frozen.theta, parts, strict=True))
     item, groups = torch.finfo(lin.dtype).bits // 8, len(lin.groups) if per_group else 1
-    passes, size = pass_bytes(lin, plan, c), item * groups * len(x) * c * len(v)
+    size = item * groups * len(x) * c * len(v)
     per_row = kept_bytes(lin, plan, slots, c) + _transient(lin, slots, len(v)) * item
-    if size + 4 * max(per_row, passes) > budget:
-        raise ValueError(
-            f"max_memory: {format_memory(budget)} is too small for {len(v)} features of {len(x)} inputs; "
-            f"the smallest possible is {format_memory(size + 4 * max(per_row, passes))}"
-        )
+    require(size + room_of_features(lin, len(v)), budget, f"{len(v)} features of {len(x)} inputs")
     out = torch.zeros(groups, len(x), c, len(v), dtype=lin.dtype, device=x.device)
     # A half for factors and what is made of them, a quarter for passes, a quarter for rows.
     rest = budget - size
@@ -53,6 +49,14 @@ def features(lin: LinearizedNetwork, x: Tensor, v: Tensor, budget: int, per_grou
         for slot, term in zip(slots, block.terms, strict=True):
             out[slot.group if per_group else 0, rows] += _product(slot, term, directions, piece)
     return out if per_group else out[0]
+
+
+def room_of_features(lin: LinearizedNetwork, num_features: int) -> int:
+    """Bytes besides the result without which not even one input can be handled."""
+    plan, c, item = lin.engine.plan, lin.num_outputs, torch.finfo(lin.dtype).bits // 8
+    slots = arrange(lin, plan, set())
+    per_row = kept_bytes(lin, plan, slots, c) + _transient(lin, slots, num_features) * item
+    return 4 * max(per_row, pass_bytes(lin, plan, c))
 
 
 def _transient(lin: LinearizedNetwork, slots: Sequence[Slot], num_features: int) -> int:

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 _MIRROR = 512
 # Panels of a symmetric Gram that the processes of a group share, and rows from which on they do.
 _PANELS = 16
-_LEAST_SHARED = 1024
+LEAST_SHARED = 1024
 
 
 def grams(
@@ -94,7 +94,7 @@ def symmetric_grams(
 def _is_shared(lin: LinearizedNetwork, side: Side, budget: int, dtype: torch.dtype) -> bool:
     """Whether there are processes to share a symmetric Gram with, and room for its factors and a panel or two."""
     rows = len(side) * side.num_outputs(lin)
-    if not grouped() or rows < _LEAST_SHARED:
+    if not grouped() or rows < LEAST_SHARED:
         return False
     panel = len(lin.groups) * dtype.itemsize * rows * -(-rows // _PANELS)
     return lin.factors_memory(len(side)) + 3 * panel + lin.gram_memory(1, len(side)) <= budget

@@ -74,10 +74,6 @@ class IterativeSide(DataSide):
             self.offset = prior_mean(x).reshape_as(self.outputs)
         self._blocks: Tensor | None = None  # shape: (G, n, 1, 1)
 
-    def gram(self, precision: Tensor) -> Tensor:
-        """K of the measurements, which a larger budget would allow."""
-        raise ValueError("form: 'matrix_free' holds no Gram; use form='dual'")
-
     def problem(self, likelihood: Likelihood, y: Tensor, curvature: str, targets: str) -> Any:
         """No evidence is evaluated without Grams."""
         raise ValueError(

@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from ntkgp.evidence.report import EvidenceReport
     from ntkgp.models.variational import VariationalNTKGP
 
+BATCH = 256  # rows per step where nobody says
 _EPOCHS = 20
 _COLLAPSED_STEPS = 120
 _EVIDENCE = ("auto", "subset", "bound", "validation", None)
@@ -117,6 +118,10 @@ def fit_variational(
         known = model.num_data
     _check_length(model, known)
     held_out = None if validation is None else model._batches(validation, batch_size, "validation")
+    closed = model.objective.is_closed_form and not (model.inducing_points.requires_grad or model.learn_hyperparameters)
+    held = [batches.batch_size or 1] if not closed else []
+    held += [] if held_out is None else [held_out.batch_size or 1]
+    model.products.check_memory(len(model.inducing_points), min(known, max([1, *held])))
     history = model.history = FitHistory()
     if evidence == "auto":
         evidence = _automatic(model, evidence_rows, held_out is not None)

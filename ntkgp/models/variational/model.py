@@ -26,7 +26,7 @@ from ntkgp.models.batches import Batches
 from ntkgp.models.network_gp import NetworkGP
 from ntkgp.models.noise import NoiseLink, has_fixed_noise, prepare_likelihood
 from ntkgp.models.paths import FixedMean, FunctionSamples
-from ntkgp.models.variational.fit import FitHistory, fit_variational
+from ntkgp.models.variational.fit import BATCH, FitHistory, fit_variational
 from ntkgp.models.variational.inducing import checked_inducing_points, checked_output_index
 from ntkgp.models.variational.objective import Objective
 from ntkgp.models.variational.optimum import Statistics, gather
@@ -67,8 +67,10 @@ class VariationalNTKGP(NetworkGP, ApproximateGP):
     :param learn_hyperparameters: learn kernel and noise in the fit. By default only those of another kernel: precisions
         of the tangent kernel come from the evidence. Their objective then has a second term, with a mean of its own
         that pays its price under the prior (Ortega et al. 2024b): a fixed mean holds no prior scale back.
-    :param max_memory: of one product.
-    :raises ValueError: inputs of other shapes, NaN, M = 0, an index or α out of range, integer inputs to be learned.
+    :param max_memory: of one product with the tangent kernel and what is made of it; gradients to inducing inputs or
+        hyper-parameters come on top.
+    :raises ValueError: inputs of other shapes, NaN, M = 0, an index or α out of range, integer inputs to be learned, a
+        `max_memory` that does not hold the products; the message gives the smallest.
     :raises TypeError: another likelihood, kernel or index.
 
     Cost per step of B inputs: O(M'³ + B·C·M'²), the passes over B + M inputs and their kernel products. Memory: M'² and
@@ -128,6 +130,8 @@ class VariationalNTKGP(NetworkGP, ApproximateGP):
         index = checked_output_index(lin, output_index, len(points))
         self.register_buffer("_output_index", index)
         self.products = KernelProducts(self.kernel, lin, index, self.max_memory)
+        closed = self.objective.is_closed_form and not (learn_inducing or self.learn_hyperparameters)
+        self.products.check_memory(len(points), 1 if closed else min(num_data, BATCH))
         self.mean_module = NetworkMean(lin)
         self._prior_mean = LinearizedMean(lin) if self.products.is_tangent else None
         self.mean = mean

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -153,10 +154,13 @@ def gather(model: VariationalNTKGP, batches: Batches, progress: bool = False) ->
     z = model.inducing_points.detach()
     with torch.inference_mode(False), torch.no_grad():
         whitener = Whitener.of(model.products.inducing(z))
-        rank = whitener.matrix.shape[1]
+        rank, most = whitener.matrix.shape[1], model.products.rows_at_a_time(len(z))
 
         def visit(batch: tuple[Tensor, Tensor]) -> Tensor:
-            x, y = batch
+            parts = zip(*(part.split(most) for part in batch), strict=True)
+            return functools.reduce(Tensor.add_, (visit_part(x, y) for x, y in parts))
+
+        def visit_part(x: Tensor, y: Tensor) -> Tensor:
             rows = _Rows.of(model, x, y)
             whitened = rows.pull(model.products.cross(x, z) @ whitener.matrix)
             square = z.new_zeros(rank, rank)

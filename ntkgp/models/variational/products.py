@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import sys
 
 import torch
 from gpytorch.kernels import AdditiveKernel, Kernel, ProductKernel
@@ -13,8 +14,10 @@ from ntkgp.kernels import NeuralTangentKernel
 from ntkgp.kernels.composition import SharedKernel, outputs_of
 from ntkgp.linearization import LinearizedNetwork
 from ntkgp.linearization.grams import products
+from ntkgp.linearization.grams.cost import Block
 from ntkgp.linearization.grams.engine import Side
-from ntkgp.linearization.grams.factors import Factors
+from ntkgp.linearization.grams.factors import Factors, kept_bytes
+from ntkgp.linearization.memory import require
 from ntkgp.operators.handle import same
 
 
@@ -71,6 +74,37 @@ class KernelProducts:
         if self.is_tangent:
             return self.lin.gram_memory(num_data, num_points, graph=True) <= self.max_memory
         return 8 * 4 * num_data * self.lin.num_outputs * self.num_rows(num_points) <= self.max_memory
+
+    def memory(self, num_points: int, num_rows: int = 1) -> int:
+        """Smallest budget of all products with so many inducing inputs, and so many data at a time.
+
+        Only of the tangent kernel; others have no budget.
+        """
+        if not self.is_tangent:
+            return 0
+        lin, c = self.lin, self.lin.num_outputs
+        k, rows = 1 if self.outputs is not None else c, self.num_rows(num_points)
+        slots = lin.engine.slots(Block.of(num_points, num_points, k, k, True))
+        per_row = kept_bytes(lin, lin.engine.plan, slots, c) + lin.engine.transient_bytes(slots, c)
+        # One input alone may be kept in another form than the inducing inputs are.
+        cross = lin.gram_memory(1, 1) + 2 * per_row + (24 * c * k + 8 * c * k * num_rows) * num_points
+        # K(Z, Z), its eigenvectors, what is made of them, and the parameter; those of a single input's evidence.
+        matrices = 64 * max(rows, c) ** 2 + per_row
+        kept, blocks = lin.engine.factors_memory(num_points, k), lin.diagonals_memory(max(num_points, num_rows))
+        return max(kept, matrices, cross, 72 * c * c + lin.gram_memory(1, 1), blocks)
+
+    def rows_at_a_time(self, num_points: int) -> int:
+        """Data whose products, and what is made of them, fit in the budget."""
+        if not self.is_tangent:
+            return sys.maxsize
+        c, rows = self.lin.num_outputs, self.num_rows(num_points)
+        per_row = 8 * (5 * c * rows + 2 * len(self.lin.groups) * c * c)
+        return max(1, (self.max_memory - self.memory(num_points)) // (2 * per_row))
+
+    def check_memory(self, num_points: int, num_rows: int = 1) -> None:
+        """Refuse a budget that does not hold the products; see :meth:`memory`."""
+        what = f"products of {num_rows} input(s) with {self.num_rows(num_points)} inducing rows"
+        require(self.memory(num_points, num_rows), self.max_memory, what)
 
     def _columns(self, num_points: int, device: torch.device) -> Tensor | None:
         if self.outputs is None:
