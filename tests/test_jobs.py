@@ -67,6 +67,7 @@ def test_a_turn_waits_for_the_one_who_has_the_folder(jobs, tmp_path):
     lock.release()
     thread.join(10)
     assert order == ["first", "second"]
+    assert not list(tmp_path.iterdir())
 
 
 def test_without_torchrun_there_are_workers(jobs, monkeypatch):

@@ -118,7 +118,7 @@ def sampled_evidence(
 
     In a process group (:mod:`ntkgp.distributed`) all ranks make this call with all of the data, and get the same bits
     for any number of them. In weight space they share the batches; in data space, from 1,024 rows on, each computes and
-    keeps its own rows of the Gram and of the preconditioner (:class:`~ntkgp.solvers.sharded.SharedGram`).
+    keeps its own rows of the Gram and of the preconditioner.
 
     :param lin: the linearised network.
     :param train_data: ``(x, y)``, a Dataset or a DataLoader, see :class:`ntkgp.models.batches.Batches`.

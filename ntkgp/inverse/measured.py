@@ -236,6 +236,8 @@ def load_sinogram(
         ``pixel_size`` the width of the image is the field that the detector sees.
     :raises ValueError: missing names, shapes that do not fit (a transposed sinogram is one), entries that are not
         finite.
+    :raises TypeError: unknown settings.
+    :raises FileNotFoundError: no such file.
     :raises ImportError: HDF5 without h5py.
 
     >>> import tempfile
@@ -281,7 +283,18 @@ def _keep_field(found: dict[str, Any], image_shape: Sequence[int]) -> None:
 
 
 def save_sinogram(path: str | Path, sinogram: Sinogram) -> None:
-    """Write a sinogram and its geometry to an npz file that :func:`load_sinogram` reads."""
+    """Write a sinogram and its geometry to an npz file that :func:`load_sinogram` reads.
+
+    :param path: of the file; numpy adds ``.npz`` where it is missing.
+    :param sinogram: of a parallel or a fan beam.
+
+    >>> import tempfile
+    >>> scan = Sinogram(torch.ones(3, 9), ParallelBeam((6, 6), [0.0, 1.0, 2.0], 9))
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     save_sinogram(Path(folder, "scan.npz"), scan)
+    ...     load_sinogram(Path(folder, "scan.npz")).data.shape
+    torch.Size([3, 9])
+    """
     geometry = sinogram.geometry
     arrays: dict[str, Any] = {"sinogram": sinogram.data.cpu().numpy(), "angles": geometry.angles.numpy()}
     if sinogram.variance is not None:

@@ -81,7 +81,7 @@ def solve(
     """
     b = _check_rhs(rhs)
     product = as_product(operator, len(b))
-    precondition = _checked(preconditioner, "preconditioner", len(b)) if preconditioner is not None else _same
+    precondition = _checked(preconditioner, "preconditioner") if preconditioner is not None else _same
     if not isinstance(tolerance, int | float) or not 0.0 < tolerance < 1.0:
         raise ValueError(f"tolerance: expected a number in (0, 1), got {tolerance!r}")
     if not isinstance(max_iterations, int) or isinstance(max_iterations, bool) or max_iterations < 0:
@@ -211,13 +211,13 @@ def as_product(operator: LinearOperator | Tensor | Product, size: int) -> Produc
         return lambda v: matrix @ v
     if isinstance(operator, LinearOperator):
         linear = operator
-        return _checked(lambda v: linear.matmul(v.to(linear.dtype)), "operator", size)
+        return _checked(lambda v: linear.matmul(v.to(linear.dtype)), "operator")
     if callable(operator):
-        return _checked(operator, "operator", size)
+        return _checked(operator, "operator")
     raise TypeError(f"operator: expected a LinearOperator, a tensor or a function, got {type(operator).__name__}")
 
 
-def _checked(function: Product, name: str, size: int) -> Product:
+def _checked(function: Product, name: str) -> Product:
     """The function with its results checked, in float64."""
 
     def call(v: Tensor) -> Tensor:

@@ -79,7 +79,7 @@ class SharedGram(TangentGram):
         self._passes = Shards(len(x), _SHARDS)
         cut, c = Shards(len(x), _PANELS), lin.num_outputs
         inputs = [cut.bounds(s) for s in range(cut.count)]
-        self._pairs = [tuple({s, cut.count - 1 - s}) for s in range(-(-cut.count // 2))]
+        self._pairs = [tuple(sorted({s, cut.count - 1 - s})) for s in range(-(-cut.count // 2))]
         self._bounds = [(c * a, c * b) for a, b in inputs]
         vectors = 8 * self.rows * (_COLUMN_COPIES * min(num_columns, self.rows) + _SIDE_COPIES * num_sides)
         # A part of the budget that does not depend on W: the cut into blocks, and with it the rounding, follows it.

@@ -119,25 +119,24 @@ from ntkgp.linearization.memory import parse_memory
 
 torch.manual_seed(0)
 net = nn.Sequential(nn.Linear(300, 250), nn.Tanh(), nn.Linear(250, 60), nn.LayerNorm(60), nn.Tanh(), nn.Linear(60, 10))
-x, y = torch.randn(12, 300), torch.randn(12, 10)
+x, y = torch.randn(8, 300), torch.randn(8, 10)
 
 
 def run(kind, structure, memory):
     target = y if kind == "regression" else y.argmax(-1)
-    return Laplace(net, kind, structure=structure, evidence=None, max_memory=memory).fit((x, target)).predict(x[:5])
+    return Laplace(net, kind, structure=structure, evidence=None, max_memory=memory).fit((x, target)).predict(x[:2])
 
 
-for kind in ("regression", "classification"):
-    for structure in ("kfac", "diagonal"):
-        run(kind, structure, "40MiB")
-        try:
-            run(kind, structure, 1)
-        except ValueError as refused:
-            least = parse_memory(re.search("smallest possible is (.*)", str(refused))[1])
-        ctypes.CDLL(None).malloc_trim(0)
-        before = reset_peak()
-        result = run(kind, structure, least)
-        print(kind, structure, least / 2**20, (peak_memory() - before) / 2**20, sep="\\t")
+for kind, structure in (("regression", "kfac"), ("classification", "diagonal")):
+    run(kind, structure, "40MiB")
+    try:
+        run(kind, structure, 1)
+    except ValueError as refused:
+        least = parse_memory(re.search("smallest possible is (.*)", str(refused))[1])
+    ctypes.CDLL(None).malloc_trim(0)
+    before = reset_peak()
+    result = run(kind, structure, least)
+    print(kind, structure, least / 2**20, (peak_memory() - before) / 2**20, sep="\\t")
 """
 # What is kept by the allocator between one piece and the next, in MiB.
 SLACK = 2.0
@@ -148,7 +147,7 @@ SLACK = 2.0
 )
 def test_measured_peaks(fresh: FreshInterpreter) -> None:
     printed = [line.split("\t") for line in fresh.run(PROGRAM).splitlines()]
-    assert len(printed) == 4
+    assert len(printed) == 2
     for kind, structure, budget, peak in printed:
         assert float(peak) <= float(budget) + SLACK, (kind, structure, budget, peak)
     assert max(float(peak) / float(budget) for *_, budget, peak in printed) > 0.5

@@ -96,8 +96,12 @@ CALLS: dict[str, Any] = {
 }
 
 
-@pytest.mark.parametrize("name", NETS)
-@pytest.mark.parametrize("call", CALLS)
+# Every call on one network, the three kinds of fit on all.
+PAIRS = [(call, "convolutions") for call in CALLS]
+PAIRS += [(call, name) for call in ("nystrom", "one pass", "variational") for name in ("mlp", "attention")]
+
+
+@pytest.mark.parametrize(("call", "name"), PAIRS)
 def test_the_budget_that_is_named_is_enough(call: str, name: str) -> None:
     with pytest.raises(ValueError, match=r"max_memory: 1 B is too small for .*; the smallest possible is") as refused:
         CALLS[call](name, 1)
@@ -125,7 +129,7 @@ def test_a_second_refusal_names_what_the_ranks_ask_for() -> None:
 
 def test_batches_of_a_variational_fit_are_cut_where_they_do_not_fit() -> None:
     lin, x, y = problem("convolutions")
-    many, targets = x.repeat(20, 1), y.repeat(20, 1)
+    many, targets = x.repeat(10, 1), y.repeat(10, 1)
 
     def model(memory: Any, **options: Any) -> ntkgp.VariationalNTKGP:
         return ntkgp.VariationalNTKGP(x[:4], GaussianLikelihood(), lin, len(many), max_memory=memory, **options)
@@ -137,7 +141,7 @@ def test_batches_of_a_variational_fit_are_cut_where_they_do_not_fit() -> None:
     torch.testing.assert_close(parts[0].second, parts[1].second)
     torch.testing.assert_close(parts[0].first, parts[1].first)
     assert parts[0].num_data == parts[1].num_data == len(many)
-    with pytest.raises(ValueError, match="products of 240 input"):
+    with pytest.raises(ValueError, match="products of 120 input"):
         model(1)
     with pytest.raises(ValueError, match="products of 100 input"):
         model(least, learn_inducing=False).fit(

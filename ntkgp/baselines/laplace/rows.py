@@ -141,8 +141,10 @@ def row_pieces(
     c, width = lin.num_outputs, min(largest_block(lin), lin.num_parameters)
     per_input = kept_bytes(lin, lin.engine.plan, arrange(lin, lin.engine.plan, set()), c) + _transient(lin) + extra
     piece = _COPIES * 8 * width
-    step = max(1, min(room // 4 // per_input, min(room // 4, _MOST_BYTES) // piece))
-    outputs = max(1, min(c, min(room // 4, _MOST_BYTES) // (piece * min(step, len(x)))))
+    # All outputs of one input before more inputs: pairs of outputs in different pieces are formed again.
+    outputs = max(1, min(c, room // 4 // piece))
+    formed = min(room // 4, max(_MOST_BYTES, outputs * piece))
+    step = max(1, min(room // 4 // per_input, formed // (outputs * piece)))
     for start in range(0, len(x), step):
         rows = slice(start, min(start + step, len(x)))
         yield rows, outputs, Pieces(lin, _factors(lin, x[rows], room // 4), None if white is None else white(rows))

@@ -15,11 +15,6 @@ from torch.distributions import Bernoulli, Categorical, Distribution, Multivaria
 from ntkgp.evaluation import metrics
 from ntkgp.evaluation.metrics.crps import gaussian_crps
 
-REGRESSION = ("nll", "rmse", "crps", "cqm", "coverage", "width", "ood_auc", "ood_aupr", "ood_fpr95")
-CLASSIFICATION = (
-    "nll", "accuracy", "ece", "adaptive_ece", "brier", "calibrated_nll", "aurc",
-    "ood_auc", "ood_aupr", "ood_fpr95", "ood_auc_variance",
-)  # fmt: skip
 LARGER_IS_BETTER = frozenset({"accuracy", "ood_auc", "ood_aupr", "ood_auc_variance"})
 _SMALLEST = 1e-300
 
