@@ -12,6 +12,7 @@ from gpytorch.distributions import MultivariateNormal
 from gpytorch.kernels import Kernel
 from gpytorch.models import ApproximateGP
 from torch import Tensor
+from tqdm import tqdm
 
 from ntkgp.checkpoint import Checkpoint
 from ntkgp.evidence.single_pass import one_pass
@@ -360,7 +361,7 @@ class VariationalNTKGP(NetworkGP, ApproximateGP):
             total = -float(found.kl)
             if self.mean == "posterior":
                 total -= 0.5 * float(self.dual_mean @ found.gram @ self.dual_mean)
-            for x, y in batches:
+            for x, y in tqdm(batches, desc="bound", disable=not progress, unit=" batches"):
                 cross = self.variational_strategy.cross(x)
                 mean = None if self.mean == "network" else self.predictive_mean(x, cross)
                 total += float(self.objective.terms(self, x, y, cross @ found.root, mean, elbo=True).sum())
