@@ -194,17 +194,17 @@ def table(rows: list[dict[str, Any]]) -> str:
     heads = ("net", "N", "call", "smallest", "is enough", "budget", "peak", "peak / budget")
     lines = [f"| {' | '.join(heads)} |", "|---" * len(heads) + "|"]
     for row in rows:
-        least = (
-            "none named" if row["smallest"] is None else format_memory(row["smallest"]) if row["smallest"] else "any"
-        )
+        head = f"| {NETS[row['net']].title} | {ROWS[row['net']]} | {row['call']}"
+        least, enough = "none named", "yes" if row.get("honest") else "NO"
+        if row["call"] in BY_PASSES:
+            least, enough = "not asked", ""
+        elif row["smallest"] is not None:
+            least = format_memory(row["smallest"]) if row["smallest"] else "any"
         if "peak" not in row:
-            lines.append(
-                f"| {NETS[row['net']].title} | {ROWS[row['net']]} | {row['call']} | {least} | not tried | | | |"
-            )
+            lines.append(f"{head} | {least} | not tried | | | |")
             continue
         lines.append(
-            f"| {NETS[row['net']].title} | {ROWS[row['net']]} | {row['call']} | {least} | "
-            f"{'yes' if row['honest'] else 'NO'} | {row['budget'] / MEBIBYTE:.1f} MiB | "
+            f"{head} | {least} | {enough} | {row['budget'] / MEBIBYTE:.1f} MiB | "
             f"{row['peak'] / MEBIBYTE:.1f} MiB | {row['peak'] / row['budget']:.2f} |"
         )
     return "\n".join(lines)

@@ -86,9 +86,10 @@ class DualSide(DataSide):
             taken = reserved + (held if storage == "memory" else 0)
             factors = lin.factors(x, max_memory) if taken + lin.factors_memory(len(x)) <= max_memory else None
             grams = lin.symmetric_grams(x if factors is None else factors, max_memory, storage=storage)
-            index = torch.arange(groups, device=lin.theta.device).unsqueeze(-1)
-            masked = lin.theta * (lin.groups.index.to(lin.theta.device) == index)
-            tangent = lin.jvp(x, masked).to(torch.float64).flatten(1)
+            theta, index = lin.theta, lin.groups.index.to(lin.theta.device)
+            # One group at a time: G vectors of weights may be more than all Grams.
+            tangent = torch.stack([lin.jvp(x, theta * (index == g)) for g in range(groups)]).to(torch.float64)
+            tangent = tangent.flatten(1)
             outputs = lin(x).to(torch.float64)
             offset = prior_mean(x).reshape_as(outputs)
             return cls(lin, prior_mean, max_memory, x, grams, outputs, offset, tangent, factors)
