@@ -46,14 +46,13 @@ def _visit_memory(lin: LinearizedNetwork, num_landmarks: int, one_output: bool) 
     return max(2 * least, lin.engine.factors_memory(num_landmarks, 1) if one_output else 0)
 
 
-def check_choice(
+def choice_memory(
     lin: LinearizedNetwork, num_landmarks: int, num_features: int | None, kind: str, budget: int, *,
     one_output: bool = False, candidates: int = 0,
-) -> None:  # fmt: skip
-    """Refuse a budget in which features can be neither chosen nor passed over the data.
+) -> tuple[int, int]:  # fmt: skip
+    """Bytes that the choice of features takes, and bytes that are enough for a pass with them too.
 
-    How many features a group has is known once they are chosen: the budget that is named is enough for the most that it
-    can have.
+    How many features a group has is known once they are chosen: enough is for the most that it can have.
 
     :param one_output: a landmark stands for one output, not for all.
     :param candidates: inputs that the greedy choice looks at.
@@ -72,7 +71,14 @@ def check_choice(
         own = max(lin.diagonals_memory(candidates), lin.gram_memory(candidates, 1))
         chosen = max(chosen, own + 8 * candidates * c * num_landmarks * c)
     size = sum(min(most, p) for p in lin.groups.sizes)
-    enough = max(chosen, visit + _sums_memory(size, components_of(kind, c)))
+    return chosen, max(chosen, visit + _sums_memory(size, components_of(kind, c)))
+
+
+def check_choice(
+    lin: LinearizedNetwork, num_landmarks: int, num_features: int | None, kind: str, budget: int, **more: int
+) -> None:
+    """Refuse a budget in which features cannot be chosen; options are those of :func:`choice_memory`."""
+    chosen, enough = choice_memory(lin, num_landmarks, num_features, kind, budget, **more)
     if chosen > budget:
         require(enough, budget, f"{num_landmarks} landmarks and a pass with their features")
 

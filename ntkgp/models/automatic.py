@@ -15,6 +15,8 @@ from gpytorch.likelihoods import GaussianLikelihood, Likelihood, MultitaskGaussi
 from torch import Tensor, nn
 
 from ntkgp.evidence import fit_evidence
+from ntkgp.evidence.accumulation import choice_memory
+from ntkgp.evidence.single_pass import statistics_kind
 from ntkgp.likelihoods import BernoulliLikelihood, CategoricalLikelihood
 from ntkgp.linearization import LinearizedNetwork, ParameterGroups
 from ntkgp.linearization.memory import format_memory, parse_memory
@@ -204,7 +206,8 @@ def _choose(
     groups, (landmarks, features) = len(lin.groups), nystrom_sizes(lin, n)
     width = groups * features
     kinds = lin.num_outputs if isinstance(likelihood, MultitaskGaussianLikelihood) else 1
-    needed = 8 * (kinds + 4) * width**2 + 8 * landmarks * lin.num_outputs * lin.num_parameters // max(groups, 1)
+    kind = statistics_kind(likelihood)
+    needed = max(8 * (kinds + 4) * width**2, choice_memory(lin, landmarks, features, kind, budget)[1])
     sizes = f"{landmarks} landmarks, {features} features of each of {groups} group(s)"
     if needed <= budget:
         return "nystrom", f"{obstacle}; {sizes} need {format_memory(needed)}"

@@ -210,6 +210,20 @@ def test_the_choice(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFi
     assert "for a Nyström kernel" in model.inference_reason
 
 
+def test_what_is_chosen_fits(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A network with many weights, whose directions take the memory and not the statistics of their products."""
+    with ref.seeded(0):
+        net = nn.Sequential(nn.Linear(2, 300), nn.Tanh(), nn.Linear(300, 200), nn.Tanh(), nn.Linear(200, 2)).double()
+        x = torch.randn(30, 2, dtype=torch.float64)
+    monkeypatch.setattr(automatic, "_EXACT_FLOPS", 1e4)
+    monkeypatch.setattr(automatic, "nystrom_sizes", lambda lin, n: (20, 8))
+    chosen = []
+    for budget in (10, 14, 40):
+        chosen.append(type(ntkgp.from_network(net, (x, torch.sin(x)), fit=False, max_memory=f"{budget}MiB")))
+    assert set(chosen) == {ntkgp.NystromNTKGP, ntkgp.VariationalNTKGP}
+    assert chosen[-1] is ntkgp.NystromNTKGP
+
+
 def test_a_small_budget() -> None:
     """Where nothing else fits, few inducing points do."""
     model = ntkgp.from_network(S.net, (S.x, S.y), fit=False, max_memory="160KiB")
