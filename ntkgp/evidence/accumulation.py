@@ -75,7 +75,7 @@ def choice_memory(
 
 
 def check_choice(
-    lin: LinearizedNetwork, num_landmarks: int, num_features: int | None, kind: str, budget: int, **more: int
+    lin: LinearizedNetwork, num_landmarks: int, num_features: int | None, kind: str, budget: int, **more: Any
 ) -> None:
     """Refuse a budget in which features cannot be chosen; options are those of :func:`choice_memory`."""
     chosen, enough = choice_memory(lin, num_landmarks, num_features, kind, budget, **more)

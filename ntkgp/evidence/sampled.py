@@ -16,12 +16,13 @@ from torch import Tensor
 from tqdm import tqdm
 
 from ntkgp.checkpoint import Checkpoint, Run, moved_to, running
-from ntkgp.distributed import checksum, gather_numbers
+from ntkgp.distributed import checksum, gather_numbers, gather_objects, world_size
 from ntkgp.evidence.ascent import PRUNED_DIMENSION
 from ntkgp.evidence.probes import DualProbes, Expectation, Settings
 from ntkgp.evidence.problem import NoiseModel
 from ntkgp.evidence.report import EvidenceReport
 from ntkgp.evidence.weight_probes import WeightProbes
+from ntkgp.fingerprint import digest
 from ntkgp.linearization import LinearizedNetwork
 from ntkgp.linearization.checks import check_count
 from ntkgp.linearization.memory import parse_memory
@@ -116,8 +117,8 @@ def sampled_evidence(
     the fixed point is that of a deterministic map, accelerated by Anderson's method, and differs from the exact optimum
     by a Monte-Carlo error which is estimated by linearising the map (reported as standard errors of log λ and log σ²).
 
-    In a process group (:mod:`ntkgp.distributed`) all ranks make this call with all of the data, and get the same bits
-    for any number of them. In weight space they share the batches; in data space, from 1,024 rows on, each computes and
+    In a process group (:mod:`ntkgp.distributed`) all ranks make this call with all of the data and the same arguments,
+    and get the same bits for any number of them. In weight space they share the batches; in data space, from 1,024 rows on, each computes and
     keeps its own rows of the Gram and of the preconditioner.
 
     :param lin: the linearised network.
@@ -134,15 +135,16 @@ def sampled_evidence(
     :param solver_tolerance: of the conjugate gradients.
     :param max_iterations: of conjugate gradients per step.
     :param batch_size: rows per pass of tensors and Datasets.
-    :param max_memory: budget of each process for Grams, kept Jacobian rows and preconditioner.
+    :param max_memory: budget of each process for Grams, kept Jacobian rows and preconditioner; the smallest of them
+        counts for all.
     :param bounds: in data space, bound the log evidence at the end.
     :param seed: of all random numbers; the global generator is not used.
-    :param progress: show a progress bar. An interrupt keeps the last completed step.
+    :param progress: show a progress bar. An interrupt keeps the last completed step; one of several processes it ends.
     :param checkpoint: a folder, or a :class:`~ntkgp.checkpoint.Checkpoint`: a call that was killed is repeated with the
         same arguments (`max_steps` may differ) and goes on with the step where it stood, to the very same result.
     :raises CheckpointMismatch: a checkpoint of another network, other data or other arguments.
     :raises ValueError: unknown choices, fewer than two samples, known noise variances in weight space, or processes
-        with different data or weights.
+        with different data, weights or arguments.
 
     Cost: per step, S + 1 solves. A product is O(n²) or a backward and a forward pass over the data per vector ("dual":
     memory n·(S + m) for m landmark rows; "weights": (S·G + m)·P numbers). Standard errors cost as much as G plus the
@@ -173,15 +175,16 @@ def sampled_evidence(
         raise ValueError("lin: the processes have different networks; give all of them the same weights")
     total = sum(len(x) for x, _ in batches)
     noise = None if is_classification(likelihood) else NoiseLink(likelihood, total, lin.num_outputs).model()
-    settings = Settings(
-        num_samples, num_landmarks, solver_tolerance, max_iterations, parse_memory(max_memory), seed, curvature
-    )
+    # What fits decides how to go about it, on all processes alike.
+    (memory,) = min(gather_numbers(parse_memory(max_memory)))
+    settings = Settings(num_samples, num_landmarks, solver_tolerance, max_iterations, memory, seed, curvature)
     form = _chosen_form(form, lin, total, noise, settings.max_memory)
     options = {
-        "likelihood": [type(likelihood).__qualname__, likelihood.state_dict()], "form": form, "tolerance": tolerance,
-        "batch_size": batch_size, "groups": [list(lin.groups.names), lin.groups.index],
-        "noise": noise, **vars(settings),
+        **vars(settings), "solver_tolerance": solver_tolerance, "tolerance": tolerance, "form": form, "noise": noise,
+        "likelihood": [type(likelihood).__qualname__, likelihood.state_dict()], "batch_size": batch_size,
+        "groups": [list(lin.groups.names), lin.groups.index],
     }  # fmt: skip
+    _check_agreement({**options, "max_steps": max_steps, "bounds": bounds})
     with (
         torch.inference_mode(False),
         torch.no_grad(),
@@ -213,6 +216,16 @@ def _check_arguments(lin: LinearizedNetwork, form: str, curvature: str, toleranc
         check_count(number, name, 2 if name == "num_samples" else 1)
     if not 0.0 < tolerance:
         raise ValueError(f"tolerance: expected a positive number, got {tolerance!r}")
+
+
+def _check_agreement(options: dict[str, Any]) -> None:
+    """Refuse what differs between the processes, by name: their sums would be of different things."""
+    if world_size() == 1:
+        return
+    found = gather_objects({name: digest(value) for name, value in options.items()})
+    different = [name for name in options if len({own[name] for own in found}) > 1]
+    if different:
+        raise ValueError(f"{', '.join(different)}: the processes were given different ones; give all of them the same")
 
 
 def _known_rows(noise: NoiseModel) -> bool:
@@ -319,7 +332,8 @@ class _Ascent:
                 self._advance(tolerance)
                 run.offer(state)
         except KeyboardInterrupt:
-            if self.found is None:
+            # The other processes are somewhere else: what follows would be answers to other questions of theirs.
+            if self.found is None or world_size() > 1:
                 raise
             return ("interrupted: the last completed step is reported",)
         finally:

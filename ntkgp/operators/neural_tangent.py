@@ -138,6 +138,8 @@ class NeuralTangentOperator(LinearOperator):
         rhs = rhs.expand(*batch, *rhs.shape[-2:])
         operator = self if self.batch_shape == batch else self._expand_batch(batch)
         out = torch.empty(*batch, self.shape[-2], rhs.shape[-1], dtype=self.dtype, device=self.device)
+        if not out.numel():
+            return out
         formed = rhs.shape[-1] >= self.shape[-1] and self._is_formed_by_layers(*self.shape[-2:])
         for x1, x2, indices in operator._by_inputs():
             if formed:
@@ -163,7 +165,8 @@ class NeuralTangentOperator(LinearOperator):
             return None, None, None
         if right_vecs.shape[-1] > self.shape[-1]:
             # Σ_k l_kᵀ K r_k = Σ_j (L Rᵀ e_j)ᵀ K e_j
-            left_vecs = left_vecs @ right_vecs.mT
+            # In the network's dtype: half precision has no room for such a sum.
+            left_vecs = left_vecs.to(self.lin.dtype) @ right_vecs.to(self.lin.dtype).mT
             right_vecs = torch.eye(self.shape[-1], dtype=left_vecs.dtype, device=left_vecs.device)
         batch = torch.broadcast_shapes(self.batch_shape, left_vecs.shape[:-2], right_vecs.shape[:-2])
         left = left_vecs.expand(*batch, *left_vecs.shape[-2:])
