@@ -16,9 +16,9 @@ except ImportError:  # not on Windows, where a folder is not locked
 logger = logging.getLogger("ntkgp")
 
 _NAME = ".lock"
-# A process never waits for itself by a lock of the operating system. Folders with the process that has them: a fork
-# has those of its parent in its memory, but not their locks.
-_OWN: dict[str, int] = {}
+# A process never waits for itself by a lock of the operating system. The locks of each process and folder: a fork has
+# those of its parent in its memory, but not in the operating system.
+_OWN: dict[tuple[int, str], FolderLock] = {}
 
 
 class FolderInUse(RuntimeError):
@@ -35,12 +35,16 @@ class FolderLock:
     """
 
     def __init__(self, folder: Path) -> None:
-        self._path, self._file, self._key = folder / _NAME, -1, str(folder.resolve())
-        if _OWN.get(self._key) == os.getpid():
+        self._path, self._file, self._key = folder / _NAME, -1, (os.getpid(), str(folder.resolve()))
+        # At one stroke: two threads may ask at once.
+        if _OWN.setdefault(self._key, self) is not self:
             raise FolderInUse(f"checkpoint: {folder} is in use by another run of this process; give each its own")
-        if fcntl is not None:
-            self._lock(folder)
-        _OWN[self._key] = os.getpid()
+        try:
+            if fcntl is not None:
+                self._lock(folder)
+        except BaseException:
+            self._forget()
+            raise
 
     def _lock(self, folder: Path) -> None:
         while self._file < 0:
@@ -48,7 +52,7 @@ class FolderLock:
             try:
                 fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
                 # Whoever had it before may have removed the file in between.
-                if self._path.exists() and os.fstat(file).st_ino == self._path.stat().st_ino:
+                if self._is_there(file):
                     self._file = file
             except OSError as reason:
                 if reason.errno not in (errno.EACCES, errno.EAGAIN):
@@ -64,12 +68,26 @@ class FolderLock:
         os.ftruncate(self._file, 0)
         os.write(self._file, f"process {os.getpid()} on {socket.gethostname()}\n".encode())
 
+    def _is_there(self, file: int) -> bool:
+        """Whether an open file is the one in the folder."""
+        try:
+            return os.fstat(file).st_ino == self._path.stat().st_ino
+        except FileNotFoundError:
+            return False
+
     def release(self) -> None:
         """Let others have the folder; once is enough."""
-        if _OWN.get(self._key) != os.getpid():
+        if self._key[0] != os.getpid() or _OWN.get(self._key) is not self:
             return
-        del _OWN[self._key]
+        try:
+            if self._file >= 0:
+                self._path.unlink(missing_ok=True)
+        finally:
+            self._forget()
+
+    def _forget(self) -> None:
+        # Before another thread may ask: to close any file of it gives up all locks that a process has on it.
         if self._file >= 0:
-            self._path.unlink(missing_ok=True)
             os.close(self._file)
             self._file = -1
+        del _OWN[self._key]

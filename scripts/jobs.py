@@ -6,6 +6,7 @@ import multiprocessing
 import pickle
 import time
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor, as_completed
 from contextlib import contextmanager
 from datetime import timedelta
 from pathlib import Path
@@ -56,8 +57,13 @@ class Team:
     def results(self, work: Callable[[J], T], jobs: Sequence[J]) -> Iterator[tuple[int, T]]:
         """How many jobs are done, and what has come of one; of the jobs of this process, as they are done."""
         if self._store is None:
-            with multiprocessing.get_context("spawn").Pool(self._workers) as pool:
-                yield from enumerate(pool.imap_unordered(work, jobs), 1)
+            # Unlike the pools of multiprocessing it notices when a worker is killed, for want of memory say.
+            with ProcessPoolExecutor(self._workers, multiprocessing.get_context("spawn")) as pool:
+                found = [pool.submit(work, job) for job in jobs]
+                try:
+                    yield from ((count, one.result()) for count, one in enumerate(as_completed(found), 1))
+                finally:
+                    pool.shutdown(cancel_futures=True)
             return
         while (index := self._store.add("taken", 1) - 1) < len(jobs):
             found = work(jobs[index])

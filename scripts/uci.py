@@ -254,9 +254,10 @@ def summary(found: Comparison) -> list[str]:
         count = len({row.data for row in found.rows if row.data.split("/")[0] == data})
         others = {m: found.summary("nll", m, data) for m in found.methods if m != OURS}
         whole = {m: value for m, value in others.items() if value[2] == count}
-        best = min(whole, key=lambda m: whole[m][0])
-        (ours, error, _), (theirs, their_error, _) = found.summary("nll", OURS, data), whole[best]
-        lines.append(f"| {data} | {count} | {ours:.3f} ± {error:.3f} | {best} | {theirs:.3f} ± {their_error:.3f} |")
+        best = min(whole, key=lambda m: whole[m][0], default="")
+        theirs = "{:.3f} ± {:.3f}".format(*whole[best][:2]) if whole else ""
+        ours, error, _ = found.summary("nll", OURS, data)
+        lines.append(f"| {data} | {count} | {ours:.3f} ± {error:.3f} | {best} | {theirs} |")
     lines += ["", f"Ours: {OURS}. Mean ranks of NLL, 1 is best; a method that failed on a split ranks last:", ""]
     ranks: dict[str, dict[str, float]] = {}
     for kind in ("standard", "gap"):

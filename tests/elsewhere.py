@@ -13,6 +13,7 @@ import signal
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from collections.abc import Iterable
 from pathlib import Path
@@ -62,7 +63,7 @@ def start(runs: Iterable[Elsewhere]) -> None:
     (place / "commands.json").write_text(json.dumps([run._command for run in runs]), encoding="utf-8")
     runner = subprocess.Popen(
         [sys.executable, "-m", "tests.elsewhere", str(place)], cwd=ROOT, start_new_session=True,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        env={**os.environ, "OMP_NUM_THREADS": "1"}, stdin=subprocess.PIPE,
     )  # fmt: skip
     for run in runs:
         run._runner = runner
@@ -76,16 +77,28 @@ def end() -> None:
         if runner.poll() is None:
             os.killpg(runner.pid, signal.SIGKILL)
             runner.wait()
+        assert runner.stdin is not None
+        runner.stdin.close()
         shutil.rmtree(place, ignore_errors=True)
+
+
+def _end_with_the_tests(place: Path) -> None:
+    """Wait for the end of the pipe from the tests, which is theirs too, even if they are killed; leave nothing then."""
+    while os.read(0, 1):
+        pass
+    shutil.rmtree(place, ignore_errors=True)
+    os.killpg(0, signal.SIGKILL)
 
 
 def main(place: Path) -> None:
     """Run the commands of a folder one after another."""
+    if os.getpgrp() == os.getpid():
+        threading.Thread(target=_end_with_the_tests, args=(place,), daemon=True).start()
     for number, (module, *arguments) in enumerate(json.loads((place / "commands.json").read_text(encoding="utf-8"))):
         own = place / str(number)
         done = subprocess.run(
             [sys.executable, "-W", "ignore", "-m", module, *(a.replace(FOLDER, str(own)) for a in arguments)],
-            cwd=ROOT, capture_output=True, text=True, check=False,
+            cwd=ROOT, capture_output=True, text=True, check=False, stdin=subprocess.DEVNULL,
         )  # fmt: skip
         part = own / "done.part"
         part.write_text(json.dumps([done.returncode, done.stdout, done.stderr]), encoding="utf-8")

@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 import importlib
-import multiprocessing.dummy
+import os
 import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from itertools import permutations
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 import torch.distributed as dist
 
+from ntkgp import locking
 from ntkgp.evaluation.comparison import Comparison, Row
-from ntkgp.locking import FolderLock
+from ntkgp.locking import FolderInUse, FolderLock
 
 SCRIPTS = Path(__file__).resolve().parent.parent / "scripts"
 
@@ -71,11 +73,54 @@ def test_a_turn_waits_for_the_one_who_has_the_folder(jobs, tmp_path):
 
 
 def test_without_torchrun_there_are_workers(jobs, monkeypatch):
-    monkeypatch.setattr(jobs, "multiprocessing", SimpleNamespace(get_context=lambda kind: multiprocessing.dummy))
+    monkeypatch.setattr(jobs, "ProcessPoolExecutor", lambda workers, context: ThreadPoolExecutor(workers))
     team = jobs.Team.of_this_run(2)
     assert team.agreed(lambda: 5) == 5
     assert sorted(found for _, found in team.results(str, [3, 4])) == ["3", "4"]
     assert team.is_last()
+
+
+def test_a_worker_that_is_killed_is_noticed(jobs):
+    with pytest.raises(BrokenProcessPool):
+        list(jobs.Team(1).results(os._exit, [1, 2]))
+
+
+def test_a_folder_is_not_free_before_its_lock_is_given_up_altogether(tmp_path, monkeypatch):
+    """To close any file of a lock gives up all locks of the process on it, those of another thread too."""
+    lock, close, closed = FolderLock(tmp_path), os.close, []
+
+    def from_another_thread(file: int) -> None:
+        closed.append(file)
+        with pytest.raises(FolderInUse, match="another run of this process"):
+            FolderLock(tmp_path)
+        close(file)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(locking.os, "close", from_another_thread)
+        lock.release()
+    assert len(closed) == 1
+    FolderLock(tmp_path).release()
+
+
+def test_a_lock_that_was_removed_while_it_was_taken_is_taken_anew(tmp_path, monkeypatch):
+    stat, removed = os.fstat, []
+
+    def remove_first(file: int) -> os.stat_result:
+        if not removed:
+            removed.append(file)
+            (tmp_path / ".lock").unlink()
+        return stat(file)
+
+    monkeypatch.setattr(locking.os, "fstat", remove_first)
+    lock = FolderLock(tmp_path)
+    assert removed
+    assert (tmp_path / ".lock").read_text().startswith(f"process {os.getpid()} on ")
+    lock.release()
+    again = FolderLock(tmp_path)
+    lock.release()  # of the first, not of the second
+    with pytest.raises(FolderInUse, match="another run of this process"):
+        FolderLock(tmp_path)
+    again.release()
 
 
 def test_uci_rows_are_in_one_order_whichever_split_was_done_first(monkeypatch, tmp_path):
@@ -95,3 +140,6 @@ def test_uci_rows_are_in_one_order_whichever_split_was_done_first(monkeypatch, t
     assert [data for method, data, _ in found if method == "GP"] == list(splits)
     assert ["ELLA", splits[1], "7.0"] in found
     assert len(found) == 8
+    # A method that failed on a split has no NLL of the set, and here no other has one.
+    alone = [Row(uci.OURS, data, {"nll": 1.0}, {}) for data in splits[:2]] + [Row("ELLA", splits[0], {"nll": 1.0}, {})]
+    assert "| boston standard | 2 | 1.000 ± 0.000 |  |  |" in uci.summary(Comparison(alone, "regression"))

@@ -118,8 +118,8 @@ def sampled_evidence(
     by a Monte-Carlo error which is estimated by linearising the map (reported as standard errors of log λ and log σ²).
 
     In a process group (:mod:`ntkgp.distributed`) all ranks make this call with all of the data and the same arguments,
-    and get the same bits for any number of them. In weight space they share the batches; in data space, from 1,024 rows on, each computes and
-    keeps its own rows of the Gram and of the preconditioner.
+    and get the same bits for any number of them. In weight space they share the batches; in data space, from 1,024 rows
+    on, each computes and keeps its own rows of the Gram and of the preconditioner.
 
     :param lin: the linearised network.
     :param train_data: ``(x, y)``, a Dataset or a DataLoader, see :class:`ntkgp.models.batches.Batches`.
@@ -393,7 +393,9 @@ class _Ascent:
         relative = (traces - means.unsqueeze(-1)) / means.clamp_min(1e-12).unsqueeze(-1)
         samples = traces.shape[-1]
         base, _ = self.step(self.y)
-        free = ((self.y > self.low) & (self.y < self.high)).nonzero()[:, 0]
+        # The logarithm of what has no effect is anyone's, and a system with it has no solution.
+        pruned = torch.cat([means[: self.groups] < PRUNED_DIMENSION, torch.zeros_like(means[self.groups :]).bool()])
+        free = ((self.y > self.low) & (self.y < self.high) & ~pruned).nonzero()[:, 0]
         slopes = torch.zeros(len(free), len(free), dtype=torch.float64, device=self.y.device)
         for column, index in enumerate(free.tolist()):
             moved = self.y.clone()

@@ -18,6 +18,7 @@ from ntkgp.distributed import alone
 from ntkgp.evidence.accumulation import accumulate, check_choice
 from ntkgp.evidence.streaming import StreamedEvidence, StreamNoise, StreamStatistics
 from ntkgp.linearization import LinearizedNetwork
+from ntkgp.linearization.checks import check_count
 from ntkgp.linearization.memory import parse_memory
 from ntkgp.linearization.nystrom import EIGENVALUE_CUT, LandmarkFeatures
 
@@ -237,6 +238,7 @@ def check_landmarks(
         known = batches.num_data
     except ValueError:  # not before the first pass
         known = sys.maxsize
+    check_count(num_landmarks, "num_landmarks")
     own = None if isinstance(landmarks, str) else lin.packing.pack(landmarks, "landmarks")
     count = max(1, min(num_landmarks, known)) if own is None else len(own)
     candidates = min(candidates_of(landmarks, num_landmarks), known) if landmarks == "greedy" else 0

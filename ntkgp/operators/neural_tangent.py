@@ -165,8 +165,9 @@ class NeuralTangentOperator(LinearOperator):
             return None, None, None
         if right_vecs.shape[-1] > self.shape[-1]:
             # Σ_k l_kᵀ K r_k = Σ_j (L Rᵀ e_j)ᵀ K e_j
-            # In the network's dtype: half precision has no room for such a sum.
-            left_vecs = left_vecs.to(self.lin.dtype) @ right_vecs.to(self.lin.dtype).mT
+            # Half precision has no room for such a sum.
+            dtype = torch.promote_types(self.lin.dtype, left_vecs.dtype)
+            left_vecs = left_vecs.to(dtype) @ right_vecs.to(dtype).mT
             right_vecs = torch.eye(self.shape[-1], dtype=left_vecs.dtype, device=left_vecs.device)
         batch = torch.broadcast_shapes(self.batch_shape, left_vecs.shape[:-2], right_vecs.shape[:-2])
         left = left_vecs.expand(*batch, *left_vecs.shape[-2:])
@@ -301,5 +302,10 @@ class NeuralTangentOperator(LinearOperator):
 
     def _matrices(self, x1: Tensor, x2: Tensor, indices: list[_Index]) -> Iterator[tuple[_Index, Tensor]]:
         """The matrix of each batch entry of the same inputs, float64."""
+        place, matrix = None, None
         for index in indices:
-            yield index, self.lin.weighted_gram(x1, x2, self.variance[index], self.handle.max_memory)
+            variance = self.variance[index]
+            # Entries of an expanded batch share their memory.
+            if matrix is None or variance.data_ptr() != place:
+                place, matrix = variance.data_ptr(), self.lin.weighted_gram(x1, x2, variance, self.handle.max_memory)
+            yield index, matrix

@@ -109,6 +109,83 @@ def test_pieces_are_the_rows(room: int, white: bool, monkeypatch: pytest.MonkeyP
         assert visited == ([(slice(n, n + 1), 1) for n in range(6)] if room == 1 else [(slice(0, 6), 3)])
 
 
+class Derived(nn.Linear):
+    """A layer that K-FAC does not know but a rule does: one factor serves its weight and its bias."""
+
+
+class Again(nn.Module):
+    """A layer that is applied once more to the inputs that ask for it, and not called where none does."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(3, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(N, 3) -> (N, 3)."""
+        h, asks = torch.tanh(self.layer(x)), x[:, :1] > 0
+        return torch.where(asks, torch.tanh(self.layer(h)), h) if bool(asks.any()) else h
+
+
+class ByKeyword(nn.Module):
+    """A head that is called with a named argument, which hooks do not see."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.head = nn.Linear(3, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(N, 3) -> (N, 2)."""
+        return self.head(input=torch.tanh(x))
+
+
+@pytest.mark.parametrize("kind", ["regression", "classification"])
+def test_a_weight_and_its_bias_in_different_blocks(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(kfac, "_EXACT", 10)  # the biases in the exact block, the weights in the diagonal one
+    with reference.seeded(2) as generator:
+        net = nn.Sequential(Derived(3, 5), nn.Tanh(), Derived(5, 4), nn.Tanh(), nn.Linear(4, 3)).double()
+        x = torch.randn(6, 3, generator=generator, dtype=torch.float64)
+    y = torch.zeros(6, 3) if kind == "regression" else torch.arange(6) % 3
+    options = {"noise": 0.3} if kind == "regression" else {}
+    la = Laplace(net, kind, structure="kfac", evidence=None, precision=0.7, **options).fit((x, y))
+    j = reference.jacobian(net, x)
+    rows = j.flatten(0, 1)
+    b = torch.eye(18).double() / 0.3 if kind == "regression" else reference.curvature(reference.outputs(net, x))
+    h = (rows.T @ b @ rows)[:44, :44]
+    biases = torch.zeros(44, dtype=torch.bool)
+    biases[15:20] = biases[40:44] = True
+    h = torch.where(biases & biases.unsqueeze(-1), h, h.diagonal().diag())
+    v = torch.zeros(59, dtype=torch.float64)
+    v[:44] = torch.linspace(-1, 1, 44)
+    expected = torch.linalg.inv(h + 0.7 * torch.eye(44).double())
+    torch.testing.assert_close(la.curvature.solve(v)[:44], expected @ v[:44])
+    whole = torch.stack([la.curvature.solve(e) for e in torch.eye(59).double()])
+    torch.testing.assert_close(la.curvature.covariance(la.lin.pack(x)), j @ whole @ j.mT)
+
+
+def test_a_layer_that_is_called_more_often_than_for_the_example() -> None:
+    """Rows of a weight and its bias, where they become rows at all, are as interleaved as their factors."""
+    with reference.seeded(4) as generator:
+        net = nn.Sequential(Again(), nn.Linear(3, 2)).double()
+        x = torch.randn(6, 3, generator=generator, dtype=torch.float64)
+    x = x[x[:, 0].argsort()]
+    assert float(x[1, 0]) < 0 < float(x[-1, 0])
+    la = Laplace(net, structure="diagonal", evidence=None, precision=0.7, noise=0.3, groups="layer").fit((x, x[:, :2]))
+    assert la.lin.engine.plan.merges
+    j = reference.jacobian(net, x)
+    variance = 1 / (j.square().sum((0, 1)) / 0.3 + 0.7)
+    torch.testing.assert_close(la.curvature.covariance(la.lin.pack(x)), (j * variance) @ j.mT)
+
+
+def test_kfac_of_layers_that_are_called_by_keyword() -> None:
+    with reference.seeded(4) as generator:
+        net, x = ByKeyword().double(), torch.randn(5, 3, generator=generator, dtype=torch.float64)
+    la = Laplace(net, structure="kfac", evidence=None, noise=0.3).fit((x, x[:, :2]))
+    assert not la.curvature.layers
+    j = reference.jacobian(net, x)
+    covariance = torch.linalg.inv(torch.einsum("ncp,ncq->pq", j, j) / 0.3 + torch.eye(8).double())
+    torch.testing.assert_close(la.curvature.covariance(la.lin.pack(x)), j @ covariance @ j.mT)
+
+
 PROGRAM = """
 import ctypes, re, sys
 import torch

@@ -10,10 +10,13 @@ from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
 import ntkgp
+from ntkgp.checkpoint import CheckpointMismatch
+from ntkgp.evidence import sampled
 from ntkgp.evidence.probes import DualProbes, Settings
 from ntkgp.evidence.problem import NoiseModel
 from ntkgp.evidence.sampled import sampled_evidence
 from ntkgp.evidence.weight_probes import WeightProbes, _Rows
+from ntkgp.fingerprint import digest
 from tests import reference as ref
 
 DOUBLE = torch.float64
@@ -271,6 +274,80 @@ def test_what_did_not_converge_is_said():
     loose = sampled_evidence(lin, data, likelihood, 4, max_iterations=1, num_landmarks=1)
     assert not loose.report.converged
     assert any("linear system" in text for text in loose.report.warnings)
+
+
+class HalfDead(nn.Module):
+    """A network, and a layer without effect."""
+
+    def __init__(self, net: nn.Module, dead: nn.Module) -> None:
+        super().__init__()
+        self.net, self.dead = net, dead
+
+    def forward(self, x):
+        return self.net(x) + 0.0 * self.dead(x)
+
+
+@pytest.mark.parametrize("form", ["dual", "weights"])
+def test_the_precision_of_groups_without_effect_is_not_known(form):
+    sample = ref.problem_r()
+    whole = HalfDead(sample.net, nn.Linear(sample.x.shape[-1], 1).double())
+    names = [name for name, _ in whole.named_parameters()]
+    groups = ntkgp.ParameterGroups({"net": names[:-2], "weight": names[-2:-1], "bias": names[-1:]})
+    lin = ntkgp.LinearizedNetwork(whole, sample.x, groups=groups)
+    likelihood = gpytorch.likelihoods.GaussianLikelihood()
+    found = sampled_evidence(lin, (sample.x, sample.y), likelihood, 8, form=form, max_steps=5, bounds=False)
+    assert found.log_precision_error.isinf().tolist() == [False, True, True]
+    assert found.report.pruned == lin.groups.names[1:]
+    assert found.log_noise_error.isfinite().all()
+
+
+def small_problem():
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Linear(2, 3), nn.Tanh(), nn.Linear(3, 1)).double()
+    x = torch.randn(12, 2, dtype=DOUBLE)
+    return ntkgp.LinearizedNetwork(net, x), (x, torch.sin(x[:, 0])), gpytorch.likelihoods.GaussianLikelihood()
+
+
+def test_another_tolerance_is_another_run(tmp_path):
+    problem = small_problem()
+    sampled_evidence(*problem, 2, max_steps=1, tolerance=10.0, checkpoint=tmp_path)
+    with pytest.raises(CheckpointMismatch, match=r"different: tolerance \(10\.0 there"):
+        sampled_evidence(*problem, 2, max_steps=1, tolerance=1e-3, checkpoint=tmp_path)
+
+
+@pytest.mark.parametrize("world", [1, 2])
+def test_an_interrupt_ends_one_of_several_processes(world, monkeypatch):
+    """What followed in it would be taken for answers to what the others ask in the middle of a step."""
+    call, steps = DualProbes.__call__, []
+
+    def interrupted(self, *at):
+        steps.append(at)
+        if len(steps) == 2:
+            monkeypatch.setattr(sampled, "world_size", lambda: world)
+            raise KeyboardInterrupt
+        return call(self, *at)
+
+    monkeypatch.setattr(DualProbes, "__call__", interrupted)
+    if world > 1:
+        with pytest.raises(KeyboardInterrupt):
+            sampled_evidence(*small_problem(), 2, form="dual", bounds=False)
+        return
+    found = sampled_evidence(*small_problem(), 2, form="dual", bounds=False)
+    assert found.report.warnings[0].startswith("interrupted")
+
+
+def test_processes_agree_on_the_memory_and_refuse_other_arguments(monkeypatch):
+    lin, data, likelihood = small_problem()
+    numbers = sampled.gather_numbers
+    memory = 2**20
+    monkeypatch.setattr(sampled, "gather_numbers", lambda *n: [n, (memory,)] if n == (2**21,) else numbers(*n))
+    monkeypatch.setattr(sampled, "world_size", lambda: 2)
+    given = []
+    monkeypatch.setattr(sampled, "gather_objects", lambda own: given.append(own) or [own, {**own, "seed": "other"}])
+    with pytest.raises(ValueError, match=r"^seed: the processes were given different ones"):
+        sampled_evidence(lin, data, likelihood, 2, max_memory=2**21)
+    assert given[0]["max_memory"] == digest(memory)
+    assert {"num_samples", "tolerance", "solver_tolerance", "max_steps", "bounds", "likelihood"} <= given[0].keys()
 
 
 @pytest.mark.parametrize(

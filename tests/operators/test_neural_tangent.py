@@ -237,6 +237,15 @@ def test_products_with_as_many_vectors_as_columns_form_the_matrix_and_never_pass
         assert rel(got, dense(op, 3) @ rhs) < 1e-13
 
 
+def test_a_batch_of_many_vectors_forms_the_matrix_once() -> None:
+    op = operator(1)
+    rhs = seeded(3, 4, 6, seed=4)
+    with counted(op.lin, "weighted_gram") as calls:
+        got = op @ rhs
+    assert calls == {"weighted_gram": 1}
+    assert rel(got, dense(op, 1) @ rhs) < 1e-13
+
+
 def test_derivatives_with_more_vectors_than_columns_cost_one_pass_per_column() -> None:
     op = operator(1, batch=(2,))
     args = tuple(arg.clone().requires_grad_() for arg in (op.x1, op.x2, op.variance))
@@ -252,6 +261,24 @@ def test_derivatives_with_more_vectors_than_columns_cost_one_pass_per_column() -
     assert max(pulled) <= 4
     expected = torch.autograd.grad((left * (dense_kernel(deep_net(1), op.lin, *args) @ right)).sum(), args)
     assert [rel(a, b) < 1e-12 for a, b in zip(got, expected, strict=True)] == [True] * 3
+
+
+def test_products_with_no_vectors_are_empty() -> None:
+    op = operator(3)
+    none = torch.zeros(12, 0, dtype=op.dtype, requires_grad=True)
+    got = NeuralTangentOperator(op.x1, op.x2, op.variance.clone().requires_grad_(), op.handle) @ none
+    assert got.shape == (op.shape[-2], 0)
+    assert torch.autograd.grad(got.sum(), none)[0].shape == none.shape
+
+
+def test_derivatives_with_many_half_precision_vectors_do_not_overflow() -> None:
+    x = (1e-3 * seeded(4, 3, seed=8)).half()
+    lin = LinearizedNetwork(torch.nn.Linear(3, 1, bias=False), x.float(), groups="single")
+    op = NeuralTangentOperator(x, x, torch.ones(1).half().requires_grad_(), NetworkHandle(lin))
+    vectors = torch.full((4, 8), 200.0).half()  # LRᵀ has entries of 320,000
+    got = op._bilinear_derivative(vectors, vectors)[2]
+    expected = 320_000 * x.double().sum(0).square().sum()
+    assert rel(got.double(), expected) < 1e-2
 
 
 def test_half_and_moves_never_touch_the_network() -> None:

@@ -132,3 +132,20 @@ def test_a_served_model_does_not_remember_every_number_of_inputs() -> None:
     index = lin.groups.index
     for g in range(len(gram)):
         torch.testing.assert_close(gram[g], dense[:, index == g] @ dense[:, index == g].T)
+
+
+def test_a_second_input_that_is_cheaper_than_the_first() -> None:
+    """Layers take other ways for two inputs: from their memory followed a negative number of inputs at a time."""
+    from tests.fuzzing import run
+
+    outcome = run(2553, "laplace")
+    assert outcome.kind == "equal", outcome
+
+
+def test_landmarks_are_counted_before_their_memory_is() -> None:
+    net = nn.Sequential(nn.Linear(2, 3), nn.Tanh(), nn.Linear(3, 1))
+    lin = ntkgp.LinearizedNetwork(net, torch.randn(2, 2))
+    with pytest.raises(ValueError, match="num_landmarks: expected an integer >= 1, got 'two'"):
+        ntkgp.evidence.one_pass(
+            lin, (torch.randn(4, 2), torch.randn(4)), gpytorch.likelihoods.GaussianLikelihood(), num_landmarks="two"
+        )

@@ -75,11 +75,13 @@ class Capture:
     def pull(self, output: Tensor, cotangent: Tensor, retain: bool) -> dict[str, list[Tensor]]:
         """Gradients of ⟨cotangent, f⟩ in the outputs of all calls of all layers."""
         calls = [(name, out) for name in self._layers for out in self.outputs.get(name, [])]
+        gradients: dict[str, list[Tensor]] = {name: [] for name in self._layers}
+        if not calls:  # autograd refuses to differentiate in nothing
+            return gradients
         with pass_environment(output.device):
             found = torch.autograd.grad(
                 output, [out for _, out in calls], cotangent.to(output.dtype), retain_graph=retain, allow_unused=True
             )
-        gradients: dict[str, list[Tensor]] = {name: [] for name in self._layers}
         for (name, out), g in zip(calls, found, strict=True):
             gradients[name].append(torch.zeros_like(out) if g is None else g)
         return gradients

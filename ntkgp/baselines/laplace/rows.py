@@ -10,7 +10,16 @@ from torch import Tensor
 
 from ntkgp.baselines.laplace.capture import places
 from ntkgp.linearization import LinearizedNetwork
-from ntkgp.linearization.grams.factors import Deviation, Factors, arrange, build, interleaved, kept_bytes, pass_bytes
+from ntkgp.linearization.grams.factors import (
+    Deviation,
+    Factors,
+    Slot,
+    arrange,
+    build,
+    interleaved,
+    kept_bytes,
+    pass_bytes,
+)
 from ntkgp.linearization.rules.terms import Rows, Term
 
 # Copies of a piece of rows while two of them are multiplied: both, what the second is made of, and its rotation.
@@ -47,18 +56,28 @@ class Pieces:
         """Blocks of all weights, or of tensors of these names."""
         where = places(self._lin)
         for slot, term in zip(self._factors.slots, self._factors.terms, strict=True):
+            wanted = [name for name in slot.names if names is None or name in names]
             if isinstance(term, Rows):
-                for name, part in zip(slot.names, self._split(slot.names, term.rows), strict=True):
-                    if names is None or name in names:
+                for name, part in zip(slot.names, self._split(slot, term.rows), strict=True):
+                    if name in wanted:
                         yield from self._rows_in_parts(where[name], part)
-            elif names is None or slot.names[0] in names:
+            elif len(wanted) < len(slot.names):
+                # A weight may be of another block than the bias it shares its factors with.
+                for name in wanted:
+                    yield Block(where[name], partial(self._named, name))
+            else:
                 columns = where[slot.names[0]]
                 if len(slot.names) == 2:
                     columns = interleaved(columns, where[slot.names[1]])
                 yield Block(columns, partial(self._dense, term))
 
-    def _split(self, names: Sequence[str], rows: Tensor) -> tuple[Tensor, ...]:
-        return rows.split([self._lin.frozen.theta[name].numel() for name in names], dim=-1)
+    def _split(self, slot: Slot, rows: Tensor) -> Sequence[Tensor]:
+        """Rows of each parameter of a slot; those of a weight and its bias are interleaved, as their factors are."""
+        sizes = [self._lin.frozen.theta[name].numel() for name in slot.names]
+        if slot.factored and len(sizes) == 2:
+            table = rows.unflatten(-1, (sizes[1], -1))
+            return table[..., :-1].flatten(2), table[..., -1]
+        return rows.split(sizes, dim=-1)
 
     def _rows_in_parts(self, columns: Tensor, rows: Tensor) -> Iterator[Block]:
         width = largest_block(self._lin)
@@ -91,13 +110,10 @@ class Pieces:
         for slot, term in zip(self._factors.slots, self._factors.terms, strict=True):
             if name not in slot.names:
                 continue
+            place = slot.names.index(name)
             if isinstance(term, Rows):
-                return self._dense(Rows(self._split(slot.names, term.rows)[slot.names.index(name)]), outputs)
-            rows = self._dense(term, outputs)
-            if len(slot.names) == 1:
-                return rows
-            table = rows.unflatten(-1, (self._lin.frozen.theta[slot.names[1]].numel(), -1))
-            return table[..., :-1].flatten(2) if name == slot.names[0] else table[..., -1]
+                return self._dense(Rows(self._split(slot, term.rows)[place]), outputs)
+            return self._split(slot, self._dense(term, outputs))[place]
         raise KeyError(name)
 
 

@@ -345,7 +345,8 @@ class Dual(Structure):
         """K⋆⋆ − K⋆X Q KX⋆ at single inputs, (N, C, C)."""
         c = self.lin.num_outputs
         least, both = self.lin.gram_memory(len(self.x), 1), self.lin.gram_memory(len(self.x), 2)
-        step = 1 + max(0, self.room // 2 - least) // (4 * (both - least))
+        # A second input may be cheaper than the first: layers take other ways for it.
+        step = 1 + max(0, self.room // 2 - least) // (4 * max(both - least, 8 * c * len(self._factor)))
         parts = []
         for chunk in x.split(step):
             budget = max(self.room, self.lin.diagonals_memory(len(chunk)))

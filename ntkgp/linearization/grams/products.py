@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from ntkgp.distributed import Shards, computed_in_turn, grouped
+from ntkgp.distributed import Shards, computed_in_turn, gather_numbers, grouped
 from ntkgp.linearization.grams.engine import Side
 from ntkgp.linearization.grams.packed import PackedWriter
 from ntkgp.linearization.memory import format_memory, parse_memory
@@ -97,7 +97,9 @@ def _is_shared(lin: LinearizedNetwork, side: Side, budget: int, dtype: torch.dty
     if not grouped() or rows < LEAST_SHARED:
         return False
     panel = len(lin.groups) * dtype.itemsize * rows * -(-rows // _PANELS)
-    return lin.factors_memory(len(side)) + 3 * panel + lin.gram_memory(1, len(side)) <= budget
+    fits = lin.factors_memory(len(side)) + 3 * panel + lin.gram_memory(1, len(side)) <= budget
+    # A layer that broke its rule in rows that one process has seen changes what that one needs.
+    return min(gather_numbers(int(fits)))[0] == 1
 
 
 def _panels(lin: LinearizedNetwork, side: Side, budget: int, dtype: torch.dtype) -> Iterator[tuple[slice, Tensor]]:

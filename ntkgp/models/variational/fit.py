@@ -18,6 +18,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from ntkgp.checkpoint import Checkpoint, Run, moved_to, plain, running
+from ntkgp.distributed import world_size
 from ntkgp.models.batches import Batches
 from ntkgp.models.noise import NoiseLink
 from ntkgp.models.variational.batch import shared_gradient
@@ -134,6 +135,8 @@ def fit_variational(
                 run(rescale=evidence if evidence in ("bound", "validation") else None)
             except KeyboardInterrupt:
                 history.interrupted = True
+                if world_size() > 1:  # the others could only wait for this one
+                    raise
             finally:
                 run.restore()
                 history.seconds = time.perf_counter() - started
@@ -375,6 +378,8 @@ class _Run:
             )  # fmt: skip
         except KeyboardInterrupt:
             history.interrupted = True
+            if world_size() > 1:
+                raise
         finally:
             bar.close()
             with torch.no_grad():
