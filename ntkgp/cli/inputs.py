@@ -48,7 +48,7 @@ def check_folder(path: Path) -> None:
     :param path: need not be there yet.
     :raises CommandError: it or a folder above it is a file, or may not be written to.
     """
-    place = next(part for part in (path.absolute(), *path.absolute().parents) if part.exists())
+    place = next(part for part in (path.absolute(), *path.absolute().parents) if os.path.lexists(part))
     if not place.is_dir():
         raise CommandError(f"--out: {place} is a file, expected a folder")
     if not os.access(place, os.W_OK):
